@@ -64,9 +64,7 @@ def test_another_backbone_of_that_name_on_the_worker_is_refused(host):
     offer_backbone(here, "mine")
     there = host("two")
     add(there.home, EMBEDDED / "pedro-nano", _silent, "mine")
-    with pytest.raises(
-        BackboneError, match=r"'mine' on this host differs from the job's; `pedro backbones remove"
-    ):
+    with pytest.raises(BackboneError, match=r"'mine' on this host differs from the job's; `pedro backbones remove"):
         obtain_backbone(there, "mine")
     offer_backbone(there, "mine")  # the one who offered last is right
     obtain_backbone(there, "mine")

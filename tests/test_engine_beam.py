@@ -123,7 +123,7 @@ def test_a_search_cancelled_before_it_had_slots_leaves_the_wants_of_others_alone
 
 
 def test_more_beams_than_slots_are_refused(model):
-    with pytest.raises(PedroError, match=r"5 beams .* runs 4") as caught:
+    with pytest.raises(PedroError, match=r"5 beams .* 4 sequences") as caught:
         make_engine(model).add(request("r", prompt(6), 5, num_beams=5))
     assert caught.value.param == "num_beams"
 

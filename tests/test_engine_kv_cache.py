@@ -195,7 +195,7 @@ def test_where_memory_is_short_there_is_one_whole_context_and_a_warning(monkeypa
     assert 0 < few < context, "not more than there is"
     check_whole(cache, few, KVBudget())
     for memory, param in ((None, "max_length"), (0.5, "kv_memory")):
-        with pytest.raises(ConfigError, match=f"{param}: one context of {cache.length} tokens takes") as refused:
+        with pytest.raises(ConfigError, match=f"{param}: one context of {cache.length} tokens needs") as refused:
             check_whole(cache, few, KVBudget(memory, whole=True))
         assert refused.value.param == param
 
@@ -227,7 +227,7 @@ def test_a_system_without_huge_pages_has_a_cache_too(monkeypatch):
         (800, 32, 2048, "6.2 GiB at most, 12,800 tokens: 32 sequences of 400 tokens, or 6 of the full 2,048"),
         (4096, 32, 2048, "32.0 GiB at most, 65,536 tokens: 32 sequences of the full 2,048"),
         (20, 32, 320, "160.0 MiB at most, 320 tokens: 20 sequences of 16 tokens, or 1 of the full 320; the context of "
-         "2,048 is cut to that: --kv-memory gives more"),
+         "2,048 is reduced to that: raise --kv-memory"),
     ],
 )  # fmt: skip
 def test_a_line_says_what_fits(blocks, slots, longest, said):

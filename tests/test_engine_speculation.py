@@ -376,7 +376,7 @@ def test_what_cannot_be_speculated_is_refused_by_name(model, monkeypatch):
     with pytest.raises(ValidationError, match="at least prompt_lookup_min = 4, got 3"):
         ServeConfig(prompt_lookup_min=4)
     monkeypatch.setattr(runner_module, "uses_graphs", lambda device: True)
-    with pytest.raises(BackboneError, match=r"engine.speculate: ngram is for a CPU alone.*; use off"):
+    with pytest.raises(BackboneError, match=r"engine.speculate: ngram needs a CPU.*; use off"):
         make_engine(model, speculate="ngram", kernel="torch")
 
 

@@ -302,7 +302,7 @@ def test_sizes_that_divide_no_heads_are_refused_with_what_would(home):
     with pytest.raises(BackboneError, match="gpt2, and only llama"):
         check_split(random_backbone("gpt2").config, 2, "test")
     if torch.cuda.device_count() < 64:
-        with pytest.raises(ConfigError, match="64 ranks want a GPU each"):
+        with pytest.raises(ConfigError, match="64 ranks need a GPU each"):
             check_devices("cuda", 64)
 
 
@@ -312,7 +312,7 @@ def test_what_only_one_rank_can_do_is_refused(home):
     for options, message in (({"kernel": "native"}, "native is for"), ({"weights": "int8"}, "int8 is for the native")):
         with pytest.raises(BackboneError, match=message):
             ShardRunner(model, None, 2, 16, **options)
-    with pytest.raises(ValueError, match="knows no ranks"):
+    with pytest.raises(ValueError, match="does not support ranks"):
         ServeConfig(tensor_parallel_size=2, weights="int8")
     with pytest.raises(ValueError, match="num_gpus: expected tensor_parallel_size = 2"):
         ServeConfig(tensor_parallel_size=2, device="cuda", num_gpus=1)

@@ -352,5 +352,5 @@ def test_numbers_that_are_not_finite_are_found_in_every_dtype(adapter, dtype, va
     if finite:
         assert check_adapter(adapter)["backbone"] == GIVEN["backbone"]
     else:
-        with pytest.raises(AdapterError, match="weight holds numbers that are not finite"):
+        with pytest.raises(AdapterError, match="weight contains numbers that are not finite"):
             check_adapter(adapter)

@@ -222,7 +222,7 @@ def _damage(directory, how):
         ("unknown file", r"notes\.txt: is not a file of an adapter"),
         ("folder", "more: is not a file of an adapter"),
         ("no file", r"README\.md: is neither"),
-        ("not finite", "w holds numbers that are not finite"),
+        ("not finite", "w contains numbers that are not finite"),
         ("truncated", "is damaged"),
         ("other weights", "the manifest says"),
         ("huge", "r is 1,000,000,000, but its largest tensor has 1 numbers"),

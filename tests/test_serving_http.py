@@ -789,4 +789,4 @@ def test_what_only_a_replica_can_find_wrong_is_told_in_its_own_line(tmp_path):
         shutil.rmtree(environment["PEDRO_HOME"], ignore_errors=True)
     error = failed.stderr.strip().splitlines()[-1]
     assert failed.returncode == 1
-    assert error.startswith(f"error: backbone: '{broken}' holds numbers in model.norm.weight that are not finite")
+    assert error.startswith(f"error: backbone: '{broken}' contains numbers in model.norm.weight that are not finite")

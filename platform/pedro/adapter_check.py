@@ -57,7 +57,7 @@ def _refuse_infinite(file: Path) -> None:
         with safe_open(file, "np"), mapped(file) as view:  # safetensors checks the file as it opens it
             for name, dtype, _, _, begin, end in tensor_heads(file):
                 if dtype in EXPONENT and not _is_finite(view[begin:end], *EXPONENT[dtype]):
-                    raise AdapterError(f"{file.name}: {name} holds numbers that are not finite; the training diverged")
+                    raise AdapterError(f"{file.name}: {name} contains numbers that are not finite: training diverged")
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{file.name}: is damaged ({error}); fetch the adapter again") from error
 

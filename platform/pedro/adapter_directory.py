@@ -219,7 +219,9 @@ def _refuse_foreign_files(directory: Path) -> None:
     """Refuse pickles, links, what is no file, JSON beyond bounds, and an index that names other files than its own."""
     for path in sorted(directory.rglob("*")):
         if path.suffix.lower() in PICKLES:
-            raise AdapterError(f"{path.name}: may contain code (pickle) and is refused; save the adapter as safetensors")
+            raise AdapterError(
+                f"{path.name}: may contain code (pickle) and is refused; save the adapter as safetensors"
+            )
         if path.is_symlink():
             raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
         if not path.is_file() and not path.is_dir():

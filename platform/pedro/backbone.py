@@ -246,7 +246,7 @@ def _check_weights(name: str, model: torch.nn.Module, report: Mapping[str, Any])
                 low, high = torch.aminmax(tensor)  # NaN passes through both
                 if not (low.isfinite() and high.isfinite()):
                     dtype = str(tensor.dtype).removeprefix("torch.")
-                    raise refuse(f"holds numbers in {key} that are not finite (NaN or infinite) as {dtype}")
+                    raise refuse(f"contains numbers in {key} that are not finite (NaN or infinite) as {dtype}")
 
 
 def quiet() -> None:

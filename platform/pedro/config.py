@@ -115,7 +115,7 @@ class Settings:
         storage = env.get("PEDRO_STORAGE") or str(home / "storage")
         if secret_files.holds_secret(storage):
             raise ConfigError(
-                "PEDRO_STORAGE: contains a password or a key, which would be written to specs and manifests; give it by the "
+                "PEDRO_STORAGE: contains a password or a key, which would be written to specs and manifests; use the "
                 "provider's own variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) or fsspec's "
                 "(FSSPEC_SFTP_PASSWORD, …) on every node",
                 param="PEDRO_STORAGE",

@@ -227,7 +227,7 @@ def _check_tokenizer(path: Path, facts: Mapping[str, Any], tokenizer: PreTrained
         if (found := tokenizer.convert_tokens_to_ids(tokens[index])) != index:
             raise _refused(
                 path,
-                f"contains a tokenizer that cannot be rebuilt (its token {index}, {tokens[index]!r:.60}, became {found})",
+                f"contains a tokenizer that cannot be rebuilt (token {index}, {tokens[index]!r:.60}, became {found})",
             )
     for name, index in named.items():
         if index is not None and getattr(tokenizer, f"{name}_id") != index:

@@ -1,7 +1,7 @@
 """Serves one frozen backbone to many tenants by continuous batching, without HTTP, Ray or a registry.
 
 `Engine.step` is the outline: the scheduler decides who runs (no tensors), the runner runs them (no policy), the
-sampler chooses tokens, the engine hands out what came of it. `EngineThread` does that on a thread for a server.
+sampler chooses tokens, the engine returns the outputs. `EngineThread` runs this loop on a thread for a server.
 """
 
 from pedro.engine.config import EngineConfig

@@ -1,12 +1,12 @@
-"""Keeps adapters resident within a byte budget, whatever they are made of and whoever asks for them.
+"""Keeps adapters resident within a byte budget. Independent of the kind of adapter and of its callers.
 
-States: loading → ready → draining → gone. Loads run on threads of their own; the pool's mutex guards bookkeeping
-only and is never held while something loads, so a slow load delays nobody but those who wait for that adapter.
-Any number of them wait for one load. A request acquires an adapter and releases it: what has references is never
-evicted; taken out all the same it drains, and its holders keep it. An operator pins an adapter: it stays resident until
-it is unpinned. A load that failed for a reason that may pass (a store or a disk that is away) is tried again for as
-long as requests wait for it, `RETRY_FOR_S` at most. A failed load is an error for those who asked, and is not retried
-before a back-off has passed. No call costs more for more adapters resident.
+States: loading → ready → draining → gone. Loads run on separate threads; the pool's mutex guards bookkeeping only and
+is never held during a load, so a slow load delays only requests for that adapter, all of which share one load. A
+request acquires an adapter and releases it. Adapters with references are never evicted; one that is removed anyway
+drains, and requests that hold it keep it. An adapter pinned by an operator stays resident until it is unpinned. A load
+that fails for a possibly temporary reason (a store or a disk is away) is retried while requests wait for it, for at
+most `RETRY_FOR_S`. A failed load is an error for the requests that wait for it, and is retried only after a back-off.
+The cost of a call does not depend on the number of resident adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 1.0, 60.0
 RETRY_EVERY_S, RETRY_FOR_S = 1.0, 20.0
 MAX_FAILURES = 1024
-NO_ROOM = "adapter_budget"  # the code of an error for want of room beside what operators pinned
+NO_ROOM = "adapter_budget"  # error code: pinned adapters leave no room
 
 
 class AdapterPool(Generic[A]):
@@ -63,7 +63,7 @@ class AdapterPool(Generic[A]):
             thread.start()
 
     def add_waiters(self, ref: str, count: int = 1) -> None:
-        """Start to load `ref` for `count` requests that wait. Raises the last load's error while it backs off."""
+        """Start loading `ref` for `count` waiting requests. Raises the last load's error during its back-off."""
         with self._changed:
             self._raise_failure(ref)
             self._waiters[ref] += count
@@ -71,7 +71,7 @@ class AdapterPool(Generic[A]):
             self._update_evictable(ref)
 
     def remove_waiter(self, ref: str) -> None:
-        """One that waited for `ref` was served or went away."""
+        """A request that waited for `ref` was served or cancelled."""
         with self._changed:
             self._waiters[ref] -= 1
             if self._waiters[ref] <= 0:
@@ -80,13 +80,13 @@ class AdapterPool(Generic[A]):
                 self._changed.notify_all()
 
     def preload(self, ref: str) -> None:
-        """Start loading `ref` though nobody waits for it. Raises the last load's error while it backs off."""
+        """Start loading `ref` although no request waits for it. Raises the last load's error during its back-off."""
         with self._changed:
             self._raise_failure(ref)
             self._ensure(ref)
 
     def acquire(self, ref: str) -> PooledAdapter[A] | None:
-        """The adapter, referenced until `release`; None while it loads. Starts a load where there is none."""
+        """The adapter, referenced until `release`; None while it loads. Starts a load if there is none."""
         with self._changed:
             entry = self._ensure(ref)
             if entry is None or entry.state is not AdapterState.READY:
@@ -97,7 +97,7 @@ class AdapterPool(Generic[A]):
             return entry
 
     def release(self, entry: PooledAdapter[A]) -> None:
-        """Give back what `acquire` gave; a draining adapter without references is gone."""
+        """Drop a reference taken by `acquire`; a draining adapter without references is freed."""
         with self._changed:
             assert entry.refcount > 0, f"adapter {entry.ref} was released more often than acquired"
             entry.refcount -= 1
@@ -111,14 +111,14 @@ class AdapterPool(Generic[A]):
             self._changed.notify_all()
 
     def load(self, ref: str, timeout_s: float = 60.0) -> None:
-        """Returns once `ref` is resident. Raises the load's error, and UnavailableError where it takes longer."""
+        """Returns once `ref` is resident. Raises the load's error, or UnavailableError on timeout."""
         with self._changed:
             self._wait_until_ready(ref, timeout_s)
 
     def pin(self, ref: str, timeout_s: float = 60.0) -> None:
-        """Load `ref` and keep it resident, whatever room others need, until `unpin` or `evict`.
+        """Load `ref` and keep it resident until `unpin` or `evict`, even if others need the memory.
 
-        Raises as `load` does, and ConflictError where all pinned adapters would exceed the budget.
+        Raises as `load` does, and ConflictError if the pinned adapters would exceed the budget.
         """
         with self._changed:
             entry = self._wait_until_ready(ref, timeout_s)
@@ -131,7 +131,7 @@ class AdapterPool(Generic[A]):
             self._update_evictable(ref)
 
     def unpin(self, ref: str) -> None:
-        """Make a pinned adapter one like the others; nothing changes for one that is not pinned."""
+        """Let a pinned adapter be evicted again; no effect if it is not pinned."""
         with self._changed:
             if ref in self._pinned:
                 self._give_back_pin(self._entries[ref])
@@ -139,9 +139,9 @@ class AdapterPool(Generic[A]):
                 self._changed.notify_all()
 
     def evict(self, ref: str) -> bool:
-        """Take `ref` out, pinned or not: at once, or once nobody holds it. Later requests load it anew.
+        """Remove `ref`, pinned or not: at once, or when its last reference is released. Later requests reload it.
 
-        False if it is not here.
+        False if it is not in the pool.
         """
         with self._changed:
             self._failures.pop(ref, None)
@@ -152,7 +152,7 @@ class AdapterPool(Generic[A]):
             return True
 
     def take_failures(self) -> list[tuple[str, PedroError]]:
-        """The loads that failed since the last call."""
+        """Loads that failed since the last call."""
         if not self._new_failures:
             return []
         with self._changed:
@@ -160,7 +160,7 @@ class AdapterPool(Generic[A]):
             return failures
 
     def residents(self) -> dict[str, ResidentAdapter]:
-        """What is here now, by ref, draining adapters included."""
+        """The adapters in the pool, by ref, including draining ones."""
         with self._changed:
             return {
                 entry.ref: ResidentAdapter(
@@ -174,7 +174,7 @@ class AdapterPool(Generic[A]):
             }
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start, and bytes now."""
+        """Counters since the start, and current bytes."""
         with self._changed:
             return {
                 "resident": len(self._entries) - self._loading,
@@ -188,7 +188,7 @@ class AdapterPool(Generic[A]):
             }
 
     def close(self) -> None:
-        """Stop loading. What was acquired stays usable."""
+        """Stop loading. Acquired adapters stay usable."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -197,7 +197,7 @@ class AdapterPool(Generic[A]):
         self._retry_queue.put(None)
 
     def _ensure(self, ref: str) -> PooledAdapter[A] | None:
-        """The entry of `ref`; a new one starts to load, unless a failed load still backs off."""
+        """The entry of `ref`; a new one starts loading, unless a failed load is still backing off."""
         entry = self._entries.get(ref)
         if entry is not None:
             return entry
@@ -210,7 +210,7 @@ class AdapterPool(Generic[A]):
         return entry
 
     def _wait_until_ready(self, ref: str, timeout_s: float) -> PooledAdapter[A]:
-        """The entry of `ref`, resident as long as the caller holds the mutex."""
+        """The entry of `ref`, which stays resident while the caller holds the mutex."""
         until = time.monotonic() + timeout_s
         self._raise_failure(ref)
         self._waiters[ref] += 1
@@ -227,14 +227,14 @@ class AdapterPool(Generic[A]):
     def _raise_failure(self, ref: str) -> None:
         failure = self._failures.get(ref)
         if failure is not None and time.monotonic() < failure.retry_at:
-            raise failure.error.with_traceback(None)  # else it would gather those of all whom it is raised for
+            raise failure.error.with_traceback(None)  # else tracebacks of all its waiters would accumulate
 
     def _run_loader(self) -> None:
         while (entry := self._load_queue.get()) is not None:
             try:
                 if self._is_current(entry):  # else it was evicted before its turn
                     self._make_ready(entry, self._load(entry.ref))
-            except Exception as error:  # a loader meets networks and disks: whatever it is, it fails this adapter only
+            except Exception as error:  # network or disk: fails this adapter only
                 if may_pass(error):
                     if self._retry_later(entry, error):
                         continue
@@ -243,12 +243,12 @@ class AdapterPool(Generic[A]):
             self._on_change()
 
     def _retry_later(self, entry: PooledAdapter[A], error: Exception) -> bool:
-        """Whether a load that failed is tried again in a moment: requests wait for it, and not for too long yet."""
+        """Whether a failed load will be retried shortly: requests wait for it, and not for too long yet."""
         with self._changed:
             now = time.monotonic()
             if entry.retry_until is None:
                 entry.retry_until = now + RETRY_FOR_S
-                log.warning("adapter %s could not be loaded, and is tried again: %s", entry.ref, error)
+                log.warning("adapter %s could not be loaded and is retried: %s", entry.ref, error)
             if now >= entry.retry_until or not self._waiters[entry.ref] or not self._is_current(entry):
                 return False
         self._retry_queue.put((now + RETRY_EVERY_S, entry))
@@ -261,7 +261,7 @@ class AdapterPool(Generic[A]):
             self._load_queue.put(entry)
 
     def _make_ready(self, entry: PooledAdapter[A], adapter: A) -> None:
-        """Make the loaded adapter ready as soon as there is room for it."""
+        """Make the loaded adapter ready as soon as it fits."""
         with self._changed:
             if adapter.nbytes > self.budget_bytes:
                 raise AdapterError(
@@ -270,7 +270,7 @@ class AdapterPool(Generic[A]):
                 )
             while self._is_current(entry) and not self._make_room(adapter.nbytes):
                 if self._pinned_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
-                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants see no figures of others
+                    log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants must not see these numbers
                     raise UnavailableError(
                         f"adapter {entry.ref!r} has no room beside the pinned ones; an operator must unpin or unload "
                         "one of them",
@@ -310,11 +310,11 @@ class AdapterPool(Generic[A]):
             self._changed.notify_all()
 
     def _is_current(self, entry: PooledAdapter[A]) -> bool:
-        """Whether this load still counts: neither evicted meanwhile nor the pool closed."""
+        """Whether this load still counts: its entry was not evicted meanwhile and the pool is open."""
         return not self._closed and self._entries.get(entry.ref) is entry
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict until `nbytes` fit, least recently used first. False if what must stay leaves no room."""
+        """Evict until `nbytes` fit, least recently used first. False if pinned and referenced adapters prevent it."""
         if self.budget_bytes - self._used_bytes + self._evictable_bytes < nbytes:
             return False
         while self.budget_bytes - self._used_bytes < nbytes:
@@ -323,9 +323,9 @@ class AdapterPool(Generic[A]):
         return True
 
     def _update_evictable(self, ref: str) -> None:
-        """Enter `ref` among what may be evicted, as the most recently used, or strike it.
+        """Add `ref` to the evictable entries as the most recently used, or remove it from them.
 
-        A fresh adapter stays until the first who waited for it was served, else two could evict each other.
+        A newly loaded adapter stays until its first waiter was served, else two could evict each other.
         """
         entry = self._entries.get(ref)
         if entry is None or entry.state is not AdapterState.READY:
@@ -340,7 +340,7 @@ class AdapterPool(Generic[A]):
                 del self._evictable[ref]
 
     def _remove(self, entry: PooledAdapter[A]) -> None:
-        """Take an entry out: gone, or draining while it has references."""
+        """Remove an entry: gone, or draining while it has references."""
         del self._entries[entry.ref]
         if entry.state is AdapterState.LOADING:
             self._loading -= 1
@@ -357,7 +357,7 @@ class AdapterPool(Generic[A]):
             self._discard(entry)
 
     def _give_back_pin(self, entry: PooledAdapter[A]) -> None:
-        """Its room is for others again: what was refused for want of it may be tried at once."""
+        """Free its bytes: loads that were refused for lack of them may be retried at once."""
         self._pinned.discard(entry.ref)
         self._pinned_bytes -= entry.nbytes
         for ref in [ref for ref, failure in self._failures.items() if failure.error.code == NO_ROOM]:
@@ -370,14 +370,14 @@ class AdapterPool(Generic[A]):
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether a load that failed so may succeed in a moment: a store, a network or a disk is away."""
+    """Whether a load with this error may succeed shortly: a store, a network or a disk is away."""
     return not isinstance(error, PedroError) or (
         isinstance(error, UnavailableError) and error.code == UnavailableError.code
     )
 
 
 def as_answered(ref: str, error: Exception) -> PedroError:
-    """What a request is told whose adapter version could not be loaded."""
+    """The error for a request whose adapter version could not be loaded."""
     if isinstance(error, PedroError) and not may_pass(error):
         return error if error.status >= 500 else unusable(ref, error)
     return UnavailableError(
@@ -388,5 +388,5 @@ def as_answered(ref: str, error: Exception) -> PedroError:
 
 
 def unusable(ref: str, error: PedroError) -> AdapterUnusableError:
-    """What a request is told whose adapter version cannot be served: that is at fault, and not the request."""
+    """The error for a request whose adapter version cannot be served: the version is at fault, not the request."""
     return AdapterUnusableError(f"model: {without_digest(ref)} cannot be served: {error.message}", param="model")

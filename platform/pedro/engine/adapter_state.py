@@ -1,4 +1,4 @@
-"""The life of an adapter in the pool: its state machine, and what is recorded of each stay."""
+"""The life cycle of an adapter in the pool: its state machine, and the entry of each adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Loadable(Protocol):
-    """What can be pooled: anything whose size is known."""
+    """Anything that can be pooled: it has a size."""
 
     @property
     def nbytes(self) -> int: ...
@@ -21,7 +21,7 @@ A = TypeVar("A", bound=Loadable)
 
 
 class AdapterState(enum.Enum):
-    """Where an adapter is in its life."""
+    """State of an adapter."""
 
     LOADING = "loading"
     READY = "ready"
@@ -38,15 +38,15 @@ _NEXT = {
 
 
 class PooledAdapter(Generic[A]):
-    """One stay of one adapter in the pool."""
+    """One adapter in the pool, from its load to its end."""
 
     def __init__(self, ref: str) -> None:
         self.ref = ref
         self.state = AdapterState.LOADING
         self.adapter: A | None = None
         self.nbytes = 0
-        self.refcount = 0  # requests that hold it now
-        self.total_uses = 0  # how often it was acquired
+        self.refcount = 0  # requests that hold it
+        self.total_uses = 0  # acquisitions
         self.retry_until: float | None = None  # when to give up, by `time.monotonic()`; None until a load failed
 
     def to(self, state: AdapterState) -> None:
@@ -59,7 +59,7 @@ class PooledAdapter(Generic[A]):
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """What the pool tells of an adapter that is here. `pinned`: an operator keeps it."""
+    """What the pool reports about an adapter. `pinned`: kept by an operator."""
 
     state: AdapterState
     nbytes: int
@@ -70,7 +70,7 @@ class ResidentAdapter:
 
 @dataclass
 class Failure:
-    """Why a load failed, how often in a row, and when it may be tried again."""
+    """Why a load failed, how often in a row, and when it may be retried."""
 
     error: PedroError
     times: int

@@ -1,7 +1,7 @@
 """Attention of a packed batch over the KV cache, as transformers' modules call it.
 
-A step stands where transformers expects a cache (`update`), and `attend` is registered as an attention function;
-so a model's own modules run on a batch of any rows, packed without padding as [1, N, D].
+A step is passed where transformers expects a cache (`update`), and `attend` is registered as an attention function, so
+a model's own modules run on a batch of any rows, packed without padding as [1, N, D].
 Legend: N tokens of the packed batch, B rows, H query heads, K key-value heads, G = H / K, d head width.
 """
 
@@ -26,9 +26,9 @@ _current = threading.local()
 
 
 class PrefillStep:
-    """Prompts: each row attends to itself alone, causally; its keys and values go to its slot.
+    """Prompts: each row attends only to itself, causally; its keys and values are written to its slot.
 
-    `begins`: the position of each row's first token; what comes before is in the slot.
+    `begins`: the position of each row's first token; earlier positions are already in the slot.
     """
 
     def __init__(self, cache: SlotCache, segments: list[Segment], begins: list[int]) -> None:
@@ -39,7 +39,7 @@ class PrefillStep:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values [1, K, N, d]."""
+        """Store keys and values [1, K, N, d]."""
         for segment, begin in zip(self.segments, self._begins, strict=True):
             span = slice(segment.start, segment.stop)
             self._cache.fill(layer, segment.slot, keys[0, :, span], values[0, :, span], begin)
@@ -78,8 +78,8 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """One new token a row, which attends to all of its slot up to its own position. Rows may share a slot, at positions
-    of their own."""
+    """One new token per row, which attends to its slot up to its own position. Rows may share a slot, at different
+    positions."""
 
     def __init__(self, cache: SlotCache, slots: list[int], positions: list[int], device: torch.device) -> None:
         self.slot_ids = slots
@@ -88,7 +88,7 @@ class DecodeStep:
         self._cache = cache
         self._length = max(positions) + 1
         self._reach = max(slots) + 1
-        # Rows are read in place where the slots lie dense; idle slots in between cost attention only.
+        # If the slots are dense, rows are read in place; idle slots in between only cost attention.
         self.dense = self._reach == len(slots) and slots == list(range(self._reach))
         apart = len(set(slots)) == len(slots)
         self._scattered = apart and not self.dense and self._reach <= 2 * len(slots)
@@ -98,7 +98,7 @@ class DecodeStep:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values [1, K, B, d]; gives back those of all positions, [rows, K, T, d]."""
+        """Store keys and values [1, K, B, d]; returns those of all positions, [rows, K, T, d]."""
         self._cache.append(layer, self.slots, self.positions, keys[0].transpose(0, 1), values[0].transpose(0, 1))
         return self._cache.read(layer, self._rows, self._length)
 
@@ -120,7 +120,7 @@ class DecodeStep:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Queries [1, H, B, d] → [1, B, H, d]; the G queries of a key-value head stand as positions."""
+        """Queries [1, H, B, d] → [1, B, H, d]; the G queries of a key-value head are treated as positions."""
         _, heads, batch, width = queries.shape
         rows = queries[0].transpose(0, 1).reshape(batch, keys.shape[1], -1, width)  # [B, K, G, d]
         if self._scattered:
@@ -131,7 +131,7 @@ class DecodeStep:
         return out.reshape(1, batch, heads, width)
 
     def _mask(self, window: int | None) -> torch.Tensor:
-        """[rows, 1, 1, T]: True where a position may be seen. An idle slot sees its first position."""
+        """[rows, 1, 1, T]: True where a position is visible. An idle slot sees its first position."""
         if window not in self._masks:
             at = torch.arange(self._length, device=self.positions.device)
             last = self.positions
@@ -152,7 +152,7 @@ def masked_attention(
     scaling: Any,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Queries [B, K, G, d] over keys and values [B, K, T, d], where `mask` [B, 1, 1, T] says."""
+    """Queries [B, K, G, d] over keys and values [B, K, T, d], masked by `mask` [B, 1, 1, T]."""
     return _attention(queries, keys, values, mask, False, scaling, softcap)
 
 
@@ -165,7 +165,7 @@ def _attention(
     scaling: Any,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attention [B, H, n, d] × [B, K, m, d]; with `softcap`, spelled out since SDPA has none."""
+    """Attention [B, H, n, d] × [B, K, m, d]; `softcap` is computed explicitly, since SDPA has none."""
     grouped = queries.shape[1] != keys.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -183,7 +183,7 @@ def _attention(
 
 @contextmanager
 def attending(step: PrefillStep | DecodeStep) -> Iterator[None]:
-    """While this lasts, the attention of this thread belongs to `step`."""
+    """Within this context, attention on this thread uses `step`."""
     _current.step = step
     try:
         yield
@@ -203,7 +203,7 @@ def attend(  # noqa: PLR0913 - as transformers calls it
     s_aux: None = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers' modules find under `NAME`. Masks come from the step alone."""
+    """The attention function registered with transformers as `NAME`. Only the step provides masks."""
     assert attention_mask is None, "the engine's attention takes no mask"
     assert s_aux is None, "attention sinks are refused when the engine starts"
     step = _current.step
@@ -212,5 +212,5 @@ def attend(  # noqa: PLR0913 - as transformers calls it
 
 
 def register() -> None:
-    """Make `attend` known to transformers. It registers no mask function, so models build none."""
+    """Register `attend` with transformers, without a mask function, so that models build no masks."""
     AttentionInterface.register(NAME, attend)

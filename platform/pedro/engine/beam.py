@@ -1,10 +1,10 @@
 """Beam search over one request's slots.
 
 The hypotheses, their scores and their order are those of transformers' `generate(num_beams=k, do_sample=False)`
-(`GenerationMixin._beam_search`), whose arithmetic this follows step by step, in float32 as there: a step takes the
-best (stop tokens + 1) · k continuations of all beams, those of the best k that end are finished hypotheses, and the
-best k that do not end are continued.
-Legend: K beams, C continuations looked at, V vocabulary.
+(`GenerationMixin._beam_search`), whose arithmetic this follows step by step, also in float32: a step takes the best
+(stop tokens + 1) · k continuations of all beams; of the best k, those that end become finished hypotheses; the best k
+that do not end are continued.
+Legend: K beams, C candidate continuations, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pedro.engine.sequence import NOTHING, Logprob, Output, Request, Sequence
 if TYPE_CHECKING:
     from pedro.model_protocols import TokenDecoder
 
-NEVER = -1.0e9  # the score of what must not be chosen
-STOP_TAIL_TOKENS = 8  # decoded before the last token beside one for each byte of the longest stop text
+NEVER = -1.0e9  # score of candidates that must not be chosen
+STOP_TAIL_TOKENS = 8  # decoded before the last token, plus one per byte of the longest stop text
 
 
 class BeamSequence(Sequence):
@@ -37,7 +37,7 @@ class BeamSequence(Sequence):
         self.prompt_logprobs: list[Logprob | None] | None = None
         self._tokenizer = tokenizer
         self._beams: list[list[int]] = [[] for _ in range(self.width)]
-        self._scores = torch.full((self.width,), NEVER)  # [K] of the running beams; one of them counts at first
+        self._scores = torch.full((self.width,), NEVER)  # [K] of the running beams; only one counts at first
         self._scores[0] = 0.0
         self._finished: list[list[int]] = [[] for _ in range(self.width)]
         self._finished_scores = torch.full((self.width,), NEVER)  # [K], best first
@@ -51,7 +51,7 @@ class BeamSequence(Sequence):
 
     @property
     def tokens_left(self) -> int:
-        """How many tokens each beam may still make."""
+        """How many more tokens each beam may generate."""
         return self.max_tokens - self.num_made
 
     def last_tokens(self) -> list[tuple[int, int]]:
@@ -61,7 +61,7 @@ class BeamSequence(Sequence):
     def advance(self, logits: torch.Tensor) -> list[tuple[int, int]]:
         """Take the logits after each beam [K, V], after the prompt [1, V], and choose the next beams.
 
-        Gives the pairs (a, b) of slots where b must take what a holds of the answer; sets `done` at the end.
+        Returns pairs (a, b) of slots: the answer in a must be copied to b. Sets `done` at the end.
         """
         if self.first_token is None:
             self.first_token = time.monotonic()
@@ -81,7 +81,8 @@ class BeamSequence(Sequence):
         return self._move([parents[i] for i in survivors])
 
     def last_outputs(self, finish_reason: str, **fields: Any) -> list[Output]:
-        """One Output for each answer: the hypotheses best first, or `finish_reason` for all where the search broke."""
+        """One Output for each answer: the hypotheses best first, or `finish_reason` for all if the search was cut
+        short."""
         fields.setdefault("prompt_logprobs", self.prompt_logprobs)
         if not self.done:
             return [self.output(index, self.num_made, finish_reason, **fields) for index in range(self.request.n)]
@@ -115,7 +116,7 @@ class BeamSequence(Sequence):
         return any(stop in text for stop in self.params.stop)
 
     def _finish(self, best: torch.Tensor, hypotheses: list[list[int]], ends: torch.Tensor, made: int) -> None:
-        """Enter those of the best K continuations that end among the finished, of which the best K stay."""
+        """Add those of the best K continuations that end to the finished hypotheses, and keep the best K of these."""
         ended = ends & (torch.arange(len(best)) < self.width)
         scores = best / made**self.params.length_penalty
         if self.params.early_stopping and bool(self._is_finished.all()):
@@ -131,7 +132,7 @@ class BeamSequence(Sequence):
         self._finished = [everything[i] for i in top.tolist()]
 
     def _move(self, parents: list[int]) -> list[tuple[int, int]]:
-        """Give each beam a slot: the first child of a beam stays in its slot, the others move into those left over."""
+        """Assign slots to beams: the first child of a beam stays in its slot, the others move into free ones."""
         before, self.slots = self.slots, []
         left = [before[i] for i in range(self.width) if i not in parents]
         pairs, stayed = [], set()

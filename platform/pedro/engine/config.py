@@ -1,4 +1,4 @@
-"""Sizes and bounds of an engine."""
+"""Sizes and limits of an engine."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from pedro.errors import ConfigError
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes and bounds. `max_length` is prompt and answer together; None takes the backbone's context."""
+    """Sizes and limits. `max_length` is prompt and answer together; None means the backbone's context."""
 
-    max_batch: int = 16  # sequences that run at once, as far as their keys and values have room
+    max_batch: int = 16  # sequences that run concurrently, if their keys and values fit
     max_length: int | None = None
-    prefill_tokens: int = 2048  # prompts read in one prefill, and the most of it in one step while others wait
-    prefill_stall: float = 1.25  # how many decode steps' time a step may give to a prefill while others wait
+    prefill_tokens: int = 2048  # prompt tokens in one prefill, and at most in one step while others wait
+    prefill_stall: float = 1.25  # decode steps' worth of time a step may spend on prefill while others wait
     adapter_bytes: int = 256 << 20
-    kv_memory: KVMemory = None  # of running sequences: bytes, or up to 1.0 a share of what is free; None: a usual one
-    sharers: int = 1  # processes like this one that have the machine's free memory between them, by the usual share
-    prefix_bytes: int = 0  # of prompts and answers kept for prompts that begin alike; 0 keeps none
-    share_bare_prefixes: bool = False  # what no adapter acted on is found by every tenant, not only by its own
-    loaders: int = 4  # adapters that load at the same time
+    kv_memory: KVMemory = None  # for running sequences: bytes, or a share of free memory up to 1.0; None: default
+    sharers: int = 1  # processes like this one that divide the default share of the machine's free memory
+    prefix_bytes: int = 0  # of cached prompts and answers, for prompts that begin alike; 0 disables the cache
+    share_bare_prefixes: bool = False  # tenants reuse each other's prefixes on which no adapter acted
+    loaders: int = 4  # adapters that load concurrently
     max_waiting: int = 1024
     max_waiting_per_tenant: int = 256
-    preempt_after: int = 1024  # weighted tokens that a running tenant may be ahead of a waiting one
-    head_room_s: float = 10.0  # after a tenant's last request, how long capacity is reserved for the next one
+    preempt_after: int = 1024  # weighted tokens by which a running tenant may be ahead of a waiting one
+    head_room_s: float = 10.0  # how long after a tenant's last request capacity is reserved for its next one
     tenant_weights: dict[str, float] = field(default_factory=dict)
-    threads: int | None = None  # the most that the native kernel uses; None takes what the machine grants
-    kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native where it fits
-    weights: str = "float32"  # of the backbone, for the native kernel: as they are, or quantised to int8 or int4
-    speculate: str = "off"  # ngram: tokens are guessed from prompt and answer, several checked in a step (speculation)
-    num_speculative_tokens: int = 8  # of one guess, at most
-    prompt_lookup_max: int = 3  # the last tokens that are looked up, at most
-    prompt_lookup_min: int = 2  # and at least
+    threads: int | None = None  # at most, for the native kernel; None: all available cores
+    kernel: str = "auto"  # native: the compiled CPU kernel; torch: the model's own modules; auto: native if possible
+    weights: str = "float32"  # of the backbone, in the native kernel: unchanged, or quantised to int8 or int4
+    speculate: str = "off"  # ngram: drafts are looked up in prompt and answer and verified several tokens per step
+    num_speculative_tokens: int = 8  # per draft, at most
+    prompt_lookup_max: int = 3  # trailing tokens that are looked up, at most
+    prompt_lookup_min: int = 2  # at least
 
     def __post_init__(self) -> None:
         wrong = [
@@ -81,7 +81,7 @@ class EngineConfig:
             raise ConfigError("\n".join(wrong))
 
     def runner_options(self) -> dict[str, Any]:
-        """What a `Runner` takes of these, beside its sizes."""
+        """The options that `Runner` takes besides its sizes."""
         return {
             "kernel": self.kernel,
             "threads": self.threads,

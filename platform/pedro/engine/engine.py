@@ -1,4 +1,4 @@
-"""The engine: schedule, run, accept. Its caller says which adapter a ref means and where its files are.
+"""The engine: schedule, run, accept. The caller resolves a ref to an adapter and its files.
 
 `step` is called by one thread; `add`, `cancel` and the rest by any. The lock guards bookkeeping and is never held
 while the model runs or an adapter loads.
@@ -43,11 +43,11 @@ PromptLogprobs = list[Logprob | None] | None
 
 
 class Engine:
-    """Serves one backbone to many tenants in one continuous batch. The model belongs to the engine from here on.
+    """Serves one backbone to many tenants in one continuous batch, and owns the model.
 
     `load(ref)` gives the directory of the adapter that `ref` names; it may block, and runs on a loader thread.
-    `split`: the ranks that have the rest of `model`, where it is only a part of the backbone.
-    Raises BackboneError where the architecture is not supported, or not with `config.weights`.
+    `split`: the ranks with the other parts of the backbone, if `model` is only one of them.
+    Raises BackboneError if the architecture is not supported, or not with `config.weights`.
     """
 
     def __init__(
@@ -80,22 +80,22 @@ class Engine:
         self.adapters = AdapterPool(fetch, config.adapter_bytes, self._adapters_changed, config.loaders)
         self._lock = threading.Lock()
         self._live: dict[str, list[Sequence]] = {}  # unfinished sequences by request id
-        self._held: dict[Sequence, PooledAdapter[Adapter]] = {}  # adapters that sequences have acquired
-        self._ended: list[Sequence] = []  # sequences whose slots and adapters are still to be released
-        self._looked_at_adapters = True  # whether nothing came or went in the pool since the last step
+        self._held: dict[Sequence, PooledAdapter[Adapter]] = {}  # adapters acquired for sequences
+        self._ended: list[Sequence] = []  # sequences whose slots and adapters are not released yet
+        self._looked_at_adapters = True  # whether the pool is unchanged since the last step
         self._outbox: list[Output] = []
         names = ("steps", "prompt_tokens", "completion_tokens", "finished", "failed", "preempted")
         self._counts = dict.fromkeys(names, 0)
-        self.idle = True  # whether the last step found nothing to run
+        self.idle = True  # whether the last step had nothing to run
         self.on_change: Callable[[], None] = lambda: None  # called when there may be new work, from any thread
         self._runner.on_lost(self._notify)
 
     def add(self, request: Request) -> None:
         """Queue a request. Its outputs come from `step`.
 
-        Raises PedroError for what can never run (too long, a token outside the vocabulary, an id in use) or whose
-        adapter just failed to load, and OverloadedError where the queue is full. Where it is full of requests of a
-        tenant that has more waiting, the newest of those ends with RateLimitError instead.
+        Raises PedroError if the request can never run (too long, a token outside the vocabulary, an id in use) or its
+        adapter just failed to load, and OverloadedError if the queue is full. If another tenant has more requests in a
+        full queue, the newest of those ends with RateLimitError instead.
         """
         sequences = self._processor.process(request)
         with self._lock:
@@ -114,21 +114,21 @@ class Engine:
         self._notify()
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its sequences give a last output "cancelled". Unknown and finished ones are left alone."""
+        """End a request; its sequences emit a last output "cancelled". Unknown and finished ids are ignored."""
         with self._lock:
             for sequence in list(self._live.get(request_id, ())):
                 self._finish(sequence, "cancelled")
         self._notify()
 
     def step(self) -> list[Output]:
-        """One turn: decide who runs, run them, return their outputs. Empty if nothing could run."""
+        """One step: schedule, run, return the outputs. Empty if nothing could run."""
         if self.lost is not None:
             self.fail_all(self.lost)
             return self.take_outputs()
         self._prefixes.keep()
         with self._lock:
             self._drop_failed_and_late()
-            self._release_ended()  # before slots are given out again
+            self._release_ended()  # before slots are reused
             if not self._looked_at_adapters:
                 self._looked_at_adapters = True
                 self._scheduler.unpark()
@@ -151,7 +151,7 @@ class Engine:
         return self.take_outputs()
 
     def take_outputs(self) -> list[Output]:
-        """The outputs since the last call. `step` returns them; after a step that raised, they are still here."""
+        """The outputs since the last call. `step` returns them; if it raised, they can still be taken here."""
         with self._lock:
             self._release_ended()
             outputs, self._outbox = self._outbox, []
@@ -164,11 +164,11 @@ class Engine:
 
     @property
     def lost(self) -> PedroError | None:
-        """Why no request can be run any more."""
+        """Why the engine can no longer run requests."""
         return self._runner.lost
 
     def next_deadline(self) -> float | None:
-        """When the next request's deadline falls, on the monotonic clock."""
+        """The earliest deadline of a request, on the monotonic clock."""
         with self._lock:
             return self._scheduler.next_deadline()
 
@@ -180,7 +180,7 @@ class Engine:
                     self._finish(sequence, "error", error=error)
 
     def stats(self) -> dict[str, Any]:
-        """What runs and waits now, totals since the start, and the adapter pool's figures; in words, what fits."""
+        """Running and waiting requests, totals since the start, metrics of the adapter pool, and what fits."""
         with self._lock:
             told = {
                 **self._counts,
@@ -200,7 +200,7 @@ class Engine:
             return {**told, "room": fits(told)}
 
     def close(self) -> None:
-        """Stop loading adapters and take the engine's hooks off the model."""
+        """Stop loading adapters and remove the engine's hooks from the model."""
         self.adapters.close()
         self._runner.close()
 
@@ -221,8 +221,8 @@ class Engine:
         return None if entry is None else entry.adapter
 
     def _release_ended(self) -> None:
-        """Release what ended sequences held. On the step thread only: till then the model may be using it."""
-        for sequence in self._ended:  # all before any slot is given up: what this copies may take a slot's blocks
+        """Release the slots and adapters of ended sequences. Only on the step thread: the model may be using them."""
+        for sequence in self._ended:  # all before any slot is freed: copies made here may take its blocks
             settle(self._runner, sequence.lends_to)
         for sequence in self._ended:
             self._prefixes.release(sequence)
@@ -266,10 +266,10 @@ class Engine:
             logits, prompt_logprobs = self._runner.end()
             read = True
             made = first_tokens(self._runner, logits, part.groups)
-        except Exception:  # whatever the model raised ends these requests and no others
+        except Exception:  # any error in the model ends only these requests
             log.exception("prefill failed for requests %s", ", ".join(s.request.id for s in leaders))
             with self._lock:
-                if not read:  # else the runner has dropped it: the one in progress is another, which was paused for it
+                if not read:  # else the runner dropped it, and another prefill, paused for it, is in progress
                     self._runner.abandon()
                 self._fail(part.sequences)
                 self._end_prefill(part.groups)
@@ -308,7 +308,7 @@ class Engine:
 
     @contextmanager
     def _timed_prefill(self, part: PrefillChunk) -> Iterator[None]:
-        """Measure what the chunk cost, and from that how large the next may be."""
+        """Measure the chunk's cost and derive the size of the next."""
         began = time.perf_counter()
         yield
         if self._prefill_budget is not None:
@@ -317,7 +317,7 @@ class Engine:
             self._prefill_budget.keep_steps_short(self._scheduler)
 
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
-        """The vectors are made: only adapters that must stay are still needed."""
+        """The vectors are generated: release adapters that decoding does not need."""
         for sequence in itertools.chain.from_iterable(groups):
             entry = self._held.get(sequence)
             if sequence.state is SequenceState.FINISHED:
@@ -334,7 +334,7 @@ class Engine:
         prompt_logprobs: PromptLogprobs = None,
         embedding: bytes | None = None,
     ) -> None:
-        """Give a running sequence its token; one that has finished in the meantime gets nothing."""
+        """Append its token to a running sequence; ignored if it has finished meanwhile."""
         if token_id < 0:
             log.error("request %s: %s", sequence.request.id, sequence.fault or "the model's logits are not finite")
             settle(self._runner, sequence.lends_to)
@@ -368,7 +368,7 @@ class Engine:
                 self._finish(sequence, "error", error=sequence.fault or self.lost or error)
 
     def _finish(self, sequence: Sequence, reason: str, **fields: Any) -> None:
-        """End a sequence, wherever it is, with its last output."""
+        """End a sequence in any state, with its last output."""
         was = sequence.state
         if was is SequenceState.WAITING and sequence.awaits is not None and sequence not in self._held:
             self.adapters.remove_waiter(sequence.awaits)
@@ -379,7 +379,7 @@ class Engine:
             self._prefixes.answered(sequence)
         self._counts["failed" if fields.get("error") else "finished"] += 1
         outputs = sequence.last_outputs(reason, **fields)
-        if isinstance(sequence, BeamSequence):  # of its beams only the answers count, which are known now
+        if isinstance(sequence, BeamSequence):  # only the tokens of its answers count, which are known now
             self._counts["completion_tokens"] += sum(output.completion_tokens for output in outputs)
         self._outbox += outputs
         siblings = self._live[sequence.request.id]

@@ -1,8 +1,7 @@
-"""Runs an engine on a thread of its own and hands over its outputs: those of a step together, or each to its request's
-callback.
+"""Runs an engine on its own thread and delivers its outputs: a step's together, or each to its request's callback.
 
-A callback runs on the step thread and must return at once (an asyncio server schedules them with
-`loop.call_soon_threadsafe`); one that raises ends only the requests whose outputs it was given.
+A callback runs on the step thread and must return at once (an asyncio server uses `loop.call_soon_threadsafe`); one
+that raises ends only the requests whose outputs it received.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ if TYPE_CHECKING:
     from pedro.engine.engine import Engine
 
 log = logging.getLogger(__name__)
-IDLE_WAIT_S = 0.5  # wakes anyway, in case a deadline moved or a notice was missed
+IDLE_WAIT_S = 0.5  # wakes up anyway, in case a deadline moved or a notification was missed
 OnOutput = Callable[[Output], None]
 OnOutputs = Callable[[list[Output]], None]
 OnLost = Callable[[PedroError], None]
 
 
 def ignore(_error: PedroError) -> None:
-    """Where nobody but the requests needs to know."""
+    """Default for `on_lost`."""
 
 
 class EngineThread:
-    """Steps `engine` while there is work, until it is lost. Use as a context manager, or `start` and `stop`.
+    """Steps `engine` while there is work, until it fails. Use as a context manager, or `start` and `stop`.
 
-    `on_outputs`, where given, is called once a step with all outputs of that step, instead of callbacks by request.
-    `on_lost` is told why the engine cannot go on, before its requests are.
+    `on_outputs`, if given, is called once per step with all its outputs, instead of one callback per request. `on_lost`
+    gets the reason why the engine cannot continue, before its requests do.
     """
 
     def __init__(self, engine: Engine, on_outputs: OnOutputs | None = None, on_lost: OnLost = ignore) -> None:
         self.engine = engine
         self._on_outputs = on_outputs
         self._on_lost = on_lost
-        self._callbacks: dict[str, tuple[OnOutput, set[int]]] = {}  # and the indices still to finish
+        self._callbacks: dict[str, tuple[OnOutput, set[int]]] = {}  # and the indices of unfinished answers
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
@@ -70,17 +69,17 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs: what a health check asks."""
+        """Whether the thread runs, for health checks."""
         return self._thread.is_alive()
 
     def submit(self, request: Request, on_output: OnOutput | None = None) -> None:
         """Queue a request; `on_output` gets each of its outputs, the last of each answer with a finish reason.
 
-        It is left out where the thread hands over whole steps.
+        Omit `on_output` if the thread delivers whole steps.
 
         Raises what `Engine.add` raises, and UnavailableError once the thread stops.
         """
-        assert (on_output is None) != (self._on_outputs is None), "outputs go to the thread's callback or to requests'"
+        assert (on_output is None) != (self._on_outputs is None), "one callback: the thread's or the request's"
         with self._lock:
             if self._stopping:
                 raise UnavailableError("the engine is shutting down; try again on another replica")
@@ -109,7 +108,7 @@ class EngineThread:
         with self._lock:
             self._stopping = True
         if lost is not None:
-            self._on_lost(lost)  # before anybody is told: another replica may go on with what runs here
+            self._on_lost(lost)  # before the requests end: another replica may continue them
         self._hand_over(outputs)
         self.engine.fail_all(lost or UnavailableError("the engine is shutting down; try again on another replica"))
         self._hand_over(self._step())
@@ -117,13 +116,13 @@ class EngineThread:
     def _step(self) -> list[Output]:
         try:
             return self.engine.step()
-        except Exception:  # the thread outlives any error: those who wait are told, the next request is served
+        except Exception:  # the thread survives any error: current requests fail, later ones are served
             log.exception("an engine step failed outside the model")
             self.engine.fail_all(UnavailableError("the engine failed on this request; try again", code="engine_error"))
             return self.engine.take_outputs()
 
     def _wait(self) -> None:
-        """Until there may be something to do."""
+        """Wait until there may be work."""
         deadline = self.engine.next_deadline()
         wait_s = IDLE_WAIT_S if deadline is None else min(IDLE_WAIT_S, max(0.0, deadline - time.monotonic()))
         self._wake.wait(wait_s)
@@ -135,7 +134,7 @@ class EngineThread:
         elif outputs:
             try:
                 self._on_outputs(outputs)
-            except Exception:  # what was not taken cannot be given again: those requests end
+            except Exception:  # outputs cannot be delivered twice: these requests end
                 log.exception("the consumer of %d outputs failed", len(outputs))
                 for request_id in {output.request_id for output in outputs}:
                     self.engine.cancel(request_id)
@@ -149,6 +148,6 @@ class EngineThread:
                     del self._callbacks[output.request_id]
         try:
             callback(output)
-        except Exception:  # a consumer that went away costs its own request only
+        except Exception:  # a failed consumer ends only its own request
             log.exception("the consumer of request %s failed", output.request_id)
             self.engine.cancel(output.request_id)

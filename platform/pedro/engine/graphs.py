@@ -1,8 +1,8 @@
-"""Decode steps as CUDA graphs: one launch a step instead of hundreds.
+"""Decode steps as CUDA graphs: one launch per step instead of hundreds.
 
-A graph is captured for each number of rows (rounded up) when it is first needed. Its inputs are static tensors; rows
-that no request fills write to a spare slot of the cache. Attention is torch's paged `varlen_attn` where the installed
-torch has it, and masked SDPA over a rounded-up length elsewhere; a slot is a run of pages.
+A graph is captured for each number of rows (rounded up) when it is first needed. Its inputs are static tensors; unused
+rows write to a spare slot of the cache. Attention is torch's paged `varlen_attn` if the installed torch has it, else
+masked SDPA over a rounded-up length; a slot is a run of pages.
 Legend: R rows of the graph, S slots, K key-value heads, H heads, T positions, d head width, V vocabulary.
 """
 
@@ -21,8 +21,8 @@ from pedro.engine.model_executor import Logits
 if TYPE_CHECKING:
     from pedro.engine.kv_cache import PagedKVCache
 
-LENGTH_STEP = 256  # positions by which the masked form rounds up
-MAX_GRAPHS = 64  # the least recently used gives way
+LENGTH_STEP = 256  # multiple to which masked attention rounds lengths up
+MAX_GRAPHS = 64  # the least recently used is dropped
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 PagedAttention = Callable[..., torch.Tensor]
@@ -34,18 +34,18 @@ def uses_graphs(device: torch.device) -> bool:
 
 
 def find_paged_attention(dtype: torch.dtype) -> PagedAttention | None:
-    """torch's variable-length attention over pages, where the installed torch has it and the dtype fits."""
+    """torch's variable-length attention over pages, if the installed torch has it and the dtype fits."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     fits = {"block_table", "seqused_k"} <= set(inspect.signature(varlen_attn).parameters)
-    found: PagedAttention = varlen_attn  # type: ignore[assignment]  # a pair only where `return_aux` asks for it
+    found: PagedAttention = varlen_attn  # type: ignore[assignment]  # a pair only with `return_aux`
     return found if fits and dtype in (torch.float16, torch.bfloat16) else None
 
 
 class GraphCapture:
-    """Records graphs that work in the same memory: they are replayed in turn, and only their outputs stay apart."""
+    """Records graphs that share one memory pool: they never run concurrently; only their outputs are separate."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -67,7 +67,7 @@ class GraphCapture:
 
 
 class StaticStep:
-    """A decode step whose shapes never change: it stands where transformers expects a cache, and attends."""
+    """A decode step with static shapes: it is passed where transformers expects a cache, and computes attention."""
 
     def __init__(
         self, cache: PagedKVCache, rows: int, length: int, paged: PagedAttention | None, device: torch.device
@@ -78,10 +78,10 @@ class StaticStep:
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
         self._cache, self._length, self._paged = cache, length, paged
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._places = self._tables = torch.empty(0)  # of each row: where its token goes, and its pages
+        self._places = self._tables = torch.empty(0)  # per row: where its token is written, and its pages
 
     def fill(self, slots: list[int], token_ids: list[int], positions: list[int]) -> list[int]:
-        """Set the inputs; gives the row of each request. Without pages, rows stand where their slots do."""
+        """Set the inputs; returns the row of each request. Without pages, row numbers are slot numbers."""
         rows = list(range(len(slots))) if self._paged is not None else slots
         columns = torch.tensor([[0] * self.rows, [self._cache.spare] * self.rows, [0] * self.rows])
         columns[:, rows] = torch.tensor([token_ids, slots, positions])
@@ -92,7 +92,7 @@ class StaticStep:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep keys and values [1, K, R, d]; `attend` finds them by the layer of its module."""
+        """Store keys and values [1, K, R, d]; `attend` finds them by the layer of its module."""
         if layer == 0:
             self._places = self._cache.places(self.slots, self.positions)
             self._tables = self._cache.table[self.slots]
@@ -155,7 +155,8 @@ class _Graph:
 
 
 class GraphedDecoder:
-    """Decodes by graphs. `run(step, modulated)` gives logits [R, V]; `version` changes when a graph must be new."""
+    """Decodes by graphs. `run(step, modulated)` gives logits [R, V]; `version` changes when graphs must be captured
+    again."""
 
     def __init__(
         self,
@@ -178,10 +179,10 @@ class GraphedDecoder:
         key = (rows, length, modulated, self._version())
         graph = self._graphs.pop(key, None)
         if graph is None:
-            graph = self._make(rows, length, modulated)  # before others go: what shares no graph loses its memory
+            graph = self._make(rows, length, modulated)  # before dropping others, to keep their shared memory
             kept = [(k, g) for k, g in self._graphs.items() if k[-1] == key[-1]]
             self._graphs = dict(kept[-(MAX_GRAPHS - 1) :])
-        self._graphs[key] = graph  # last: used most recently
+        self._graphs[key] = graph  # at the end: most recently used
         at = graph.step.fill(slots, token_ids, positions)
         graph.replay()
         made = graph.logits[torch.tensor(at, device=self._device)]
@@ -199,6 +200,6 @@ class GraphedDecoder:
 
 
 def _round_up(rows: int, most: int) -> int:
-    """The next power of two up to 8, then the next multiple of 8: few graphs, little waste."""
+    """The next power of two up to 8, then the next multiple of 8: few graphs, little padding."""
     size = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
     return min(size, most)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Projection:
-    """One module and the sites that lie in its output."""
+    """One module and the sites in its output."""
 
     module: nn.Module
     rows: dict[str, Rows] = field(default_factory=dict)  # of its output, by site
@@ -55,7 +55,7 @@ class Hooks:
 
     @contextmanager
     def prefilling(self, rows: list[ConditionedRow]) -> Iterator[None]:
-        """While this lasts, forwards make and apply the modulation of `rows`, packed as their segments say."""
+        """Within this context, forward passes generate and apply the modulation of `rows`, packed by their segments."""
         self._prefill = [row for row in rows if row.modulated]
         try:
             yield
@@ -64,7 +64,8 @@ class Hooks:
 
     @contextmanager
     def decoding(self, step: DecodeStep | StaticStep, modulated: bool) -> Iterator[None]:
-        """While this lasts, forwards apply the modulation of the step's slots, one token each, if `modulated`."""
+        """Within this context, forward passes apply the modulation of the step's slots, one token each, if
+        `modulated`."""
         self._decode = step if modulated else None
         try:
             yield
@@ -72,14 +73,14 @@ class Hooks:
             self._decode = None
 
     def remove(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def _make_norm_hook(self, layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, inputs: Any, _output: Any) -> None:
             if self._prefill and self._modulation.generating:
-                norm = module.forward  # not the call, which would come back here
+                norm = module.forward  # not the call, which would recurse
                 self._modulation.generate(layer, inputs[0][0], norm)
 
         return hook
@@ -103,7 +104,7 @@ class Hooks:
         return hook
 
     def _modulate_prompts(self, layer: int, projection: _Projection, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        """output [1, N, W]: each row's tokens by its slot's rows; bare tokens are not touched."""
+        """output [1, N, W]: modulates each row's tokens by its slot; bare tokens are unchanged."""
         buffers, low_rank = self._modulation.buffers, self._modulation.low_rank
         for site, rows in projection.rows.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
@@ -130,7 +131,7 @@ class Hooks:
         output: torch.Tensor,
         step: DecodeStep | StaticStep,
     ) -> torch.Tensor:
-        """output [1, B, W], one row a slot."""
+        """output [1, B, W], one row per slot."""
         buffers = self._modulation.buffers
         for site, rows in projection.rows.items():
             scale, shift = buffers.get((SCALE, layer, site)), buffers.get((SHIFT, layer, site))
@@ -152,7 +153,7 @@ class Hooks:
         return output
 
     def _use_low_rank(self, slot: int, adapter: Adapter | None) -> None:
-        """Set the slot's low-rank terms: gathered decoding reads them from buffers, zeros where there are none."""
+        """Set the slot's low-rank terms in the buffers that batched decoding reads; zeros if it has none."""
         for terms in self._low_rank.values():
             for buffer in terms:
                 buffer[slot] = 0
@@ -163,7 +164,7 @@ class Hooks:
                 a[slot, :, :rank], b[slot, :rank] = term.a, term.b
 
     def _low_rank_buffers(self, layer: int, site: str, term: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-        """The site's buffers [S, in, R] and [S, R, W], made or widened if this rank needs it."""
+        """The site's buffers [S, in, R] and [S, R, W], created or widened for this rank."""
         slots, rank = len(self._modulation.modulated), term.a.shape[1]
         old = self._low_rank.get((layer, site))
         if old is None or old[0].shape[2] < rank:

@@ -1,7 +1,7 @@
-"""How many threads the CPU kernel uses: what the machine grants, and fewer while others keep them from running.
+"""How many threads the CPU kernel uses: all available cores, or fewer while other processes compete for them.
 
-A thread that the operating system preempts while it holds a tile makes all others wait. The kernel measures what a call
-lost to that; where it is too much, fewer threads are faster.
+If the operating system preempts a thread that works on a tile, all others wait for it. The kernel measures how much
+time a call lost to this; beyond a limit, fewer threads are faster.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-WINDOW_S = 0.02  # of the kernel's time, by which it is judged
-LOST = 0.35  # of a window: more, and one thread is faster than two, even where memory sets the pace
-HOLD_S, LONGEST_HOLD_S = 0.04, 1.0  # until more threads are tried again; doubled where that was in vain, else halved
+WINDOW_S = 0.02  # kernel time over which the loss is averaged
+LOST = 0.35  # share of a window above which one thread is faster than two, even if memory-bound
+HOLD_S, LONGEST_HOLD_S = 0.04, 1.0  # until more threads are tried; doubled if that failed, else halved
 
 
 def granted_threads() -> int:
-    """As many as PyTorch uses, or fewer where affinity or a cgroup's quota allow the process less."""
+    """As many as PyTorch uses, or fewer if affinity or a cgroup's quota allow less."""
     return max(1, min(torch.get_num_threads(), granted_cores()))
 
 
 def granted_cores() -> int:
-    """Whole cores that this process may use at once."""
+    """Whole cores that this process may use."""
     cores = (
         len({_siblings(number) for number in os.sched_getaffinity(0)})
         if sys.platform == "linux"
@@ -36,7 +36,7 @@ def granted_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Cores' worth of time that the process' cgroup (v2 or v1) and those above it grant; None where none is set."""
+    """The CPU quota of the process's cgroup (v2 or v1) and its ancestors, in cores; None if none is set."""
     try:
         lines = of.read_text().splitlines()
     except OSError:
@@ -56,7 +56,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/c
 
 
 def _siblings(number: int) -> str:
-    """What the logical processors of one core have in common."""
+    """An id shared by the logical processors of one core."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
     except OSError:
@@ -70,12 +70,13 @@ def _quota_of(folder: Path) -> float | None:
         else:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return float(quota) / float(period) if float(quota) > 0 else None
-    except (OSError, ValueError):  # "max", or none here
+    except (OSError, ValueError):  # "max", or no such file
         return None
 
 
 class KernelThreads:
-    """`count` is how many threads to use next, at most `limit`; `note` records what each call took and lost."""
+    """`count` is how many threads to use next, at most `limit`; `note` records how long each call took and how much it
+    lost."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = self.count = limit
@@ -85,7 +86,7 @@ class KernelThreads:
         self._changed = self._retry = clock()
 
     def note(self, spent: float, lost: float) -> None:
-        """A call took `spent` seconds, of which `lost` went by without all its threads."""
+        """A call took `spent` seconds, of which `lost` passed without all its threads running."""
         if self.limit == 1:
             return
         self._spent += spent

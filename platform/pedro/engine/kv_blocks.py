@@ -1,8 +1,8 @@
-"""Room beside the slots for keys and values of blocks of tokens that are kept, and the copying between the two.
+"""Storage for cached blocks of keys and values, separate from the slots, and copies between the two.
 
-A running sequence has keys and values of its own, which attention reads in place; a block is copied once when it is
-kept, and once for each sequence that begins with it. On a CPU, pages take memory when they are first written. Which
-block is whose is decided elsewhere. These blocks are not those of the cache's budget.
+Attention reads a running sequence's keys and values in its slot; a block is copied once when it is cached, and once for
+each sequence that begins with it. On a CPU, pages take memory when they are first written. The prefix cache decides
+which block is whose. These blocks are not those of the KV budget.
 Legend: K key-value heads, P positions of all blocks, d head width.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pedro.engine.kernel_threads import KernelThreads
     from pedro.engine.kv_cache import SlotCache
 
-BLOCK = 16  # tokens of a block
+BLOCK = 16  # tokens per block
 
 
 def block_bytes(cache: SlotCache) -> int:
@@ -29,9 +29,9 @@ def block_bytes(cache: SlotCache) -> int:
 
 
 class KVBlocks:
-    """`count` blocks, numbered from 0: one tensor of keys and one of values a layer, [K, P, d].
+    """`count` blocks, numbered from 0: one tensor of keys and one of values per layer, [K, P, d].
 
-    `threads`: those that the CPU kernel copies with; None copies with torch, on any device.
+    `threads`: the CPU kernel's threads used for copying; None copies with torch, on any device.
     """
 
     def __init__(self, cache: SlotCache, count: int, threads: KernelThreads | None = None) -> None:
@@ -43,11 +43,11 @@ class KVBlocks:
         self._slot_size, self._width = heads * length * width, width
         self._copy = None
         if threads is not None:
-            assert isinstance(cache, KVCache), "the CPU kernel knows no pages"
+            assert isinstance(cache, KVCache), "the CPU kernel does not support pages"
             self._copy = Copier(self._slots, self._kept, heads, (length * width, count * BLOCK * width), threads)
 
     def save(self, slot: int, first: int, places: Sequence[int]) -> None:
-        """Keep the slot's blocks from number `first` on at `places`, one each."""
+        """Copy the slot's blocks from number `first` on to `places`, one each."""
         start = first * BLOCK
         if self._copy is not None:
             for at, place, count in _runs(places):
@@ -58,7 +58,7 @@ class KVBlocks:
             kept.index_copy_(1, positions, self._cache.get(slots, slot, start, start + len(positions)))
 
     def load(self, slot: int, places: Sequence[int]) -> None:
-        """Write the blocks at `places`, one after the other, from the slot's first position on."""
+        """Copy the blocks at `places` to the slot, consecutively from its first position."""
         if self._copy is not None:
             for at, place, count in _runs(places):
                 self._copy.load(self._slot_at(slot, at * BLOCK), *self._span(place, count))
@@ -71,7 +71,7 @@ class KVBlocks:
         return slot * self._slot_size + position * self._width
 
     def _positions(self, places: Sequence[int]) -> torch.Tensor:
-        """Where the tokens of these blocks stand, [tokens]."""
+        """The positions of these blocks' tokens, [tokens]."""
         starts = BLOCK * torch.tensor(places, device=self._kept[0].device, dtype=torch.long)
         return (starts[:, None] + torch.arange(BLOCK, device=starts.device)).flatten()
 
@@ -80,7 +80,7 @@ class KVBlocks:
 
 
 def _runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(index of the first, its place, how many): places that follow one another are copied as one."""
+    """(index of the first, its place, count): consecutive places are copied together."""
     start = 0
     for at in range(1, len(places) + 1):
         if at == len(places) or places[at] != places[at - 1] + 1:

@@ -1,4 +1,4 @@
-"""How many blocks of keys and values an engine may have: what was asked for, or a share of the memory that is free."""
+"""How many KV blocks an engine may use: the requested size, or a share of free memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from pedro.engine.kv_cache import SlotCache
 
 log = logging.getLogger(__name__)
-KVMemory = int | float | None  # bytes; a share, up to 1.0, of what is free beside the weights; None: the usual share
-SHARES = {"cuda": 0.8}  # of a device that is the engine's own; prefills and captured steps take memory, too
-SHARE = 0.5  # of a machine that others use
-MOST = 0.9  # of what is free, for one whole context where the usual share has no room for it
+KVMemory = int | float | None  # bytes; a share, up to 1.0, of memory free after loading; None: the default share
+SHARES = {"cuda": 0.8}  # of a dedicated device; prefills and captured steps take memory, too
+SHARE = 0.5  # of a shared machine
+MOST = 0.9  # of free memory, for one whole context if it exceeds the default share
 
 
 @dataclass(frozen=True)
 class KVBudget:
-    """What was asked for, and how much of the free memory is others'.
+    """The requested size, and how the free memory is divided.
 
-    `reserved`: bytes that this process may take for other things. `sharers`: how many processes like it have the free
-    memory between them. `whole`: somebody asked for this length, so that less than one whole context is an error.
+    `reserved`: bytes that this process may need for other things. `sharers`: how many such processes divide the free
+    memory. `whole`: the length was set explicitly, so that room for less than one whole context is an error.
     """
 
     memory: KVMemory = None
@@ -36,9 +36,9 @@ class KVBudget:
 
 
 def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
-    """Blocks of the cache within the budget. Raises ConfigError where a number of bytes is less than one block.
+    """Blocks of the cache within the budget. Raises ConfigError if a size in bytes is less than one block.
 
-    The usual share is never less than one whole context, as far as all free memory goes.
+    The default share is never less than one whole context, if free memory allows.
     """
     memory = budget.memory
     if isinstance(memory, int):
@@ -56,30 +56,30 @@ def allowed_blocks(cache: SlotCache, budget: KVBudget) -> int:
     context = cache.blocks_per_slot
     if memory is None and blocks < context:
         log.warning(
-            "memory is short: of %s free, a replica's share for keys and values has no room for one context of %d "
-            "tokens (%s); it takes that much all the same. Lower --max-length, --adapter-budget-mb or "
-            "--prefix-cache-mb, or give a size with --kv-memory",
+            "memory is short: with %s free, one context of %d tokens (%s) exceeds a replica's share for keys and "
+            "values, but is reserved anyway. Lower --max-length, --adapter-budget-mb or --prefix-cache-mb, or set a "
+            "size with --kv-memory",
             size(free), cache.length, size(context * cache.block_bytes),
         )  # fmt: skip
-        lazy = cache.device.type == "cpu"  # what is reserved is taken as it fills, if ever
+        lazy = cache.device.type == "cpu"  # reserved memory is only taken as it fills
         blocks = min(context, int(MOST * (free if lazy else free - budget.reserved)) // cache.block_bytes)
     return max(1, blocks)
 
 
 def check_whole(cache: SlotCache, blocks: int, budget: KVBudget) -> None:
-    """Raise ConfigError where somebody asked for a length that `blocks` have no room for."""
+    """Raise ConfigError if an explicitly set length does not fit into `blocks`."""
     if budget.whole and blocks < cache.blocks_per_slot:
         has, wants = blocks * cache.block_bytes, cache.blocks_per_slot * cache.block_bytes
         param = "max_length" if budget.memory is None else "kv_memory"
         raise ConfigError(
-            f"{param}: one context of {cache.length:,} tokens takes {size(wants)} for keys and values, and there is "
-            f"room for {size(has)} ({blocks * cache.block:,} tokens); lower --max-length or give more (--kv-memory)",
+            f"{param}: one context of {cache.length:,} tokens needs {size(wants)} for keys and values, but only "
+            f"{size(has)} ({blocks * cache.block:,} tokens) fit; lower --max-length or raise --kv-memory",
             param=param,
         )
 
 
 def fits(stats: dict[str, Any]) -> str:
-    """One line: what the keys and values of an engine with these `Engine.stats()` have room for."""
+    """One line that says how many sequences fit into the KV cache of an engine with these `Engine.stats()`."""
     block, blocks, slots = stats["kv_block_tokens"], stats["kv_blocks"], stats["slots"]
     longest, context = stats["max_length"], stats["context"]
     each, full = blocks // slots * block, blocks // -(-longest // block)
@@ -87,7 +87,7 @@ def fits(stats: dict[str, Any]) -> str:
     if not each:
         many = f"{blocks} sequences of {block:,} tokens"
     rest = "" if each >= longest else f", or {full} of the full {longest:,}"
-    cut = "" if longest == context else f"; the context of {context:,} is cut to that: --kv-memory gives more"
+    cut = "" if longest == context else f"; the context of {context:,} is reduced to that: raise --kv-memory"
     return f"KV cache: {size(stats['kv_cache_bytes'])} at most, {blocks * block:,} tokens: {many}{rest}{cut}"
 
 

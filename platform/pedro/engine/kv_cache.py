@@ -1,11 +1,11 @@
 """Keys and values of running sequences, within a budget of blocks that slots take as their sequences grow.
 
-`KVCache`: each slot has addresses for all its positions from the start, so that attention reads them in one piece.
-On a CPU memory lies behind a block once it is written, until it is told to go. `PagedKVCache`, for CUDA: blocks are
-pages of a pool, which a table names.
+`KVCache`: each slot reserves addresses for all its positions, so that attention reads them contiguously. On a CPU a
+block takes physical memory when it is first written, until that is released. `PagedKVCache`, for CUDA: blocks are pages
+of a pool, found through a table.
 
-Who owns a slot, and whether there is room for one more sequence, is decided elsewhere. A slot that was released keeps
-its blocks until others want them: whoever gets it next finds memory there.
+The scheduler decides who owns a slot and whether another sequence fits. A released slot keeps its blocks until others
+need them, so that its next sequence finds memory already allocated.
 Legend: S slots, K key-value heads, T positions, d head width, N tokens of a packed batch, B rows.
 """
 
@@ -19,14 +19,14 @@ from contextlib import suppress
 
 import torch
 
-PAGE = 256  # positions of a page
-LEAST_BLOCK = 16  # positions of a block, at least
-NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # addresses are no memory yet
-MARGIN = 64  # elements after the last: the CPU kernel reads whole SIMD vectors, and drops what lies outside
+PAGE = 256  # positions per page
+LEAST_BLOCK = 16  # positions per block, at least
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # reserves addresses, not memory
+MARGIN = 64  # elements past the end: the CPU kernel reads whole SIMD vectors and ignores the excess
 
 
 class SlotCache(ABC):
-    """What both forms have in common: how many blocks each slot has, and the reading and writing of spans."""
+    """Base of both forms: how many blocks each slot has, and reading and writing of spans."""
 
     def __init__(
         self,
@@ -42,23 +42,21 @@ class SlotCache(ABC):
         self.kv_heads, self.width, self.dtype, self.device = kv_heads, head_dim, dtype, device
         self.block = block  # positions
         self.blocks_per_slot = -(-length // block)
-        self.length = self.blocks_per_slot * block  # of a slot
+        self.length = self.blocks_per_slot * block  # per slot
         self.block_bytes = 2 * num_layers * kv_heads * block * head_dim * dtype.itemsize
         self.blocks = self._free = slots * self.blocks_per_slot
-        self.lengths = [
-            0
-        ] * slots  # positions that each slot's sequence uses, 0 where it is gone: whoever runs it says so
-        self.room = [0] * slots  # positions that have memory, be it from a sequence before: where it is short, `grow`
+        self.lengths = [0] * slots  # positions used by each slot's sequence, 0 after its end; set by the runner
+        self.room = [0] * slots  # positions with memory, perhaps from an earlier sequence; `grow` adds more
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keys and values take once all blocks are used."""
+        """Bytes of keys and values with all blocks in use."""
         return self.blocks * self.block_bytes
 
     def grow(self, slot: int) -> None:
-        """Have memory behind the slot's `lengths`. Raises RuntimeError where others use all of it."""
+        """Allocate memory for the slot's `lengths`. Raises RuntimeError if all blocks are in use."""
         held, wanted = self.room[slot] // self.block, -(-self.lengths[slot] // self.block)
         if wanted - held > self._free:
             self._take_back(wanted - held)
@@ -83,8 +81,8 @@ class SlotCache(ABC):
                 self.put(tensor, target, 0, shared)
 
     def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
-        """Zero a slot, or its positions [start, length), that may hold numbers that are not finite: masked out, they
-        would still poison what comes next."""
+        """Zero a slot, or its positions [start, length), that may contain non-finite numbers: even masked out, these
+        would corrupt later results."""
         stop = self.room[slot] if length is None else min(length, self.room[slot])
         if start < stop:
             nothing = torch.zeros(self.kv_heads, stop - start, self.width, dtype=self.dtype, device=self.device)
@@ -93,7 +91,7 @@ class SlotCache(ABC):
 
     @abstractmethod
     def limit(self, blocks: int) -> None:
-        """Have no more than `blocks`; before any is taken."""
+        """Limit the cache to `blocks`; called before any is used."""
 
     @abstractmethod
     def append(
@@ -119,15 +117,15 @@ class SlotCache(ABC):
 
     @abstractmethod
     def _map(self, slot: int, low: int, high: int) -> None:
-        """Let there be memory behind the slot's blocks [low, high)."""
+        """Allocate memory for the slot's blocks [low, high)."""
 
     @abstractmethod
     def _unmap(self, slot: int, low: int, high: int) -> None:
-        """Give back what is behind them."""
+        """Free their memory."""
 
     def _take_back(self, missing: int) -> None:
-        """Blocks that sequences before left in their slots, until `missing` are free."""
-        for slot in reversed(range(len(self.room))):  # low slots are given out first
+        """Reclaim blocks that earlier sequences left in their slots, until `missing` are free."""
+        for slot in reversed(range(len(self.room))):  # low slots are assigned first
             used, held = -(-self.lengths[slot] // self.block), self.room[slot] // self.block
             if held > used:
                 self._unmap(slot, used, held)
@@ -139,7 +137,7 @@ class SlotCache(ABC):
 
 
 class KVCache(SlotCache):
-    """One tensor of keys and one of values a layer, [S, K, T, d], head-major in memory."""
+    """One tensor of keys and one of values per layer, [S, K, T, d], head-major in memory."""
 
     def __init__(
         self,
@@ -165,8 +163,8 @@ class KVCache(SlotCache):
     def limit(self, blocks: int) -> None:
         self.blocks = self._free = min(blocks, self.blocks)
         if self.blocks < len(self.room) * self.blocks_per_slot and hasattr(mmap, "MADV_NOHUGEPAGE"):
-            for pages in self._maps:  # a huge page would be many slots' at once
-                with suppress(OSError):  # EINVAL where the system knows no huge pages
+            for pages in self._maps:  # a huge page would span many slots
+                with suppress(OSError):  # EINVAL if the system has no huge pages
                     pages.madvise(mmap.MADV_NOHUGEPAGE)
 
     def append(
@@ -192,7 +190,7 @@ class KVCache(SlotCache):
             tensor[targets, :, start:stop] = tensor[sources, :, start:stop]
 
     def _map(self, slot: int, low: int, high: int) -> None:
-        """The operating system does so at the first write."""
+        """Nothing to do: the operating system allocates at the first write."""
 
     def _unmap(self, slot: int, low: int, high: int) -> None:
         if not hasattr(mmap, "MADV_DONTNEED"):
@@ -208,10 +206,10 @@ class KVCache(SlotCache):
 
 
 class PagedKVCache(SlotCache):
-    """One tensor of pages of keys and one of values a layer, [pages, PAGE, K, d]; `table` [S + 1, pages of a slot]
-    says which are a slot's. Slot `spare` is nobody's.
+    """One tensor of pages of keys and one of values per layer, [pages, PAGE, K, d]; `table` [S + 1, pages per slot]
+    lists each slot's pages. No sequence owns slot `spare`.
 
-    The first page is what the table names where a slot has none: zeros, never written to. The second is the spare's.
+    The first page stands for missing ones in the table: zeros, never written. The second belongs to the spare slot.
     """
 
     def __init__(
@@ -233,7 +231,7 @@ class PagedKVCache(SlotCache):
         self._unused: list[int] = []
 
     def limit(self, blocks: int) -> None:
-        """Have no more than `blocks`, and make them: there are no tensors before."""
+        """Limit the cache to `blocks` and allocate their tensors."""
         self.blocks = self._free = min(blocks, self.blocks)
         self._unused = list(range(self.blocks + 1, 1, -1))
         shape = (self.blocks + 2, PAGE, self.kv_heads, self.width)
@@ -241,7 +239,7 @@ class PagedKVCache(SlotCache):
             tensors += [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(self._num_layers)]
 
     def places(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where these positions of these slots stand, counted through all pages."""
+        """Indices of these positions of these slots, counted over all pages."""
         return self.table[slots, positions // PAGE].long() * PAGE + positions % PAGE
 
     def fill(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor, begin: int = 0) -> None:
@@ -293,7 +291,7 @@ class PagedKVCache(SlotCache):
 
 
 def zeros(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, mmap.mmap | None]:
-    """Zeros, on a CPU in memory that the operating system gives page by page: `torch.zeros` would write all of it."""
+    """Zeros; on a CPU in memory that is allocated page by page: `torch.zeros` would write all of it."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device), None
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE

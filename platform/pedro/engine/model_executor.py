@@ -1,4 +1,4 @@
-"""What the runner asks of whatever runs the model: `native_model` on a CPU, `torch_model` everywhere else.
+"""The runner's interface to the code that runs the model: `native_model` on a CPU, `torch_model` otherwise.
 
 Legend: B rows, V vocabulary.
 """
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class Logits(NamedTuple):
-    """What the model says comes next. `values` is valid until the runner's next call: copy what must stay."""
+    """The model's output for the next token. `values` is valid until the runner's next call: copy it to keep it."""
 
     values: torch.Tensor  # [B, V] float32
-    best: list[int] | None = None  # argmax of each row where it was computed on the way; -1 where not finite
+    best: list[int] | None = None  # argmax of each row if already computed; -1 if not finite
 
 
 class ModelExecutor(Protocol):
-    """Runs the layers. A prefill's state (`start`) is its own; one prefill may be in progress between decode steps."""
+    """Runs the layers. Each prefill has its own state (`start`); one may be in progress between decode steps."""
 
-    whole: bool  # whether a prefill cannot be cut
+    whole: bool  # whether a prefill cannot be split
     weight_bytes: int  # of the backbone's weights
 
     def start(self, rows: list[ConditionedRow], token_ids: list[list[int]]) -> Any:
-        """Start a prefill whose rows the modulation has begun."""
+        """Start a prefill of rows that the modulation has prepared."""
         ...
 
     def advance(self, state: Any, until: int) -> None:
@@ -35,13 +35,13 @@ class ModelExecutor(Protocol):
         ...
 
     def logits(self, state: Any, index: list[int]) -> Logits:
-        """What comes after the tokens `index` of the packed prompts, once all of it ran."""
+        """The logits after tokens `index` of the packed prompts, once the whole prefill ran."""
         ...
 
     def hidden(self, state: Any, index: list[int]) -> torch.Tensor:
-        """The last hidden states [n, D], as the head reads them, of the tokens `index`, once all of the prefill ran."""
+        """The normed last hidden states [n, D] of tokens `index`, once the whole prefill ran."""
         ...
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
-        """One step of every row: its slot, its last token, and where that stands. Rows may share a slot (drafts)."""
+        """One step of every row: its slot, its last token and its position. Rows may share a slot (drafts)."""
         ...

@@ -1,7 +1,7 @@
-"""What adapters do to each slot: scales, shifts and low-rank terms of every site.
+"""The adapters' effect on each slot: scales, shifts and low-rank terms of every site.
 
-The rows of a request are written once, when its prompt is read, and stand beside its KV cache; every later token
-uses them, so that decoding never touches a generator's weights and a batch may mix any adapters.
+The rows of a request are written once, during prefill, and kept beside its KV cache; every later token uses them, so
+that decoding never reads a generator's weights and a batch may mix any adapters.
 Legend: S slots, N tokens of the packed batch, D model width, W output width of a site, B rows of a prefill.
 """
 
@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class PreemptedState:
-    """What must outlive a preemption: the slot's rows, or the adapter itself where it must stay."""
+    """What is saved at a preemption: the slot's rows, or the adapter itself if decoding needs it."""
 
     rows: SlotRows
     held: Adapter | None
@@ -41,14 +41,14 @@ class PreemptedState:
 
 @dataclass(frozen=True)
 class ConditionedRow:
-    """A row of a prefill: its tokens, how many of them its vectors may see, and its adapter (None: bare)."""
+    """A row of a prefill: its tokens, how many of them condition its vectors, and its adapter (None: bare)."""
 
     segment: Segment
     conditioning_length: int
     adapter: Adapter | None
     preempted_state: PreemptedState | None = None
-    begin: int = 0  # the position of its first token: those before it are in the slot
-    start: int = 0  # the position from which the adapter acts: tokens before it are the bare backbone's
+    begin: int = 0  # the position of its first token; earlier ones are in the slot
+    start: int = 0  # the position from which the adapter acts; tokens before it see the bare backbone
 
     @property
     def modulated(self) -> bool:
@@ -62,21 +62,21 @@ class ConditionedRow:
 
     @property
     def slots_by_token(self) -> list[int]:
-        """For each of its tokens the slot whose modulation it takes, -1 for none."""
+        """For each of its tokens the slot whose modulation applies, -1 for none."""
         segment, span = self.segment, self.span
         return [-1] * (span.start - segment.start) + [segment.slot] * (span.stop - span.start)
 
 
 @dataclass
 class GeneratorBatch:
-    """Rows of a prefill whose generators can run as one."""
+    """Rows of a prefill whose generators can run as a batch."""
 
     rows: list[ConditionedRow]
     generators: list[Generator]
     slots: torch.Tensor = field(init=False)
 
     def weights(self, layer: int) -> GeneratorWeights:
-        """One generator's weights as they are, several stacked on a leading axis."""
+        """A single generator's weights unchanged; those of several stacked on a leading axis."""
         if all(generator is self.generators[0] for generator in self.generators):
             return self.generators[0].layers[layer]
         parts = [generator.layers[layer] for generator in self.generators]
@@ -92,7 +92,7 @@ class GeneratorBatch:
 
 
 class Modulation:
-    """The slots' rows of every layer and site. A buffer is made when the first adapter needs it, and stays.
+    """The slots' rows of every layer and site. A buffer is created when the first adapter needs it, and kept.
 
     Buffers are [S, W], W rounded up to a multiple of `simd_width`. `on_buffer(kind, layer, site, buffer)` is called for
     new ones, `on_low_rank(slot, adapter or None)` for a slot whose low-rank adapter changed.
@@ -100,8 +100,8 @@ class Modulation:
 
     def __init__(self, widths: list[dict[str, int]], slots: int, device: torch.device, simd_width: int = 1) -> None:
         self.buffers: dict[Key, torch.Tensor] = {}
-        self.held: dict[int, Adapter] = {}  # by slot, those that must stay
-        self.low_rank: dict[int, Adapter] = {}  # and of those, what has low-rank terms
+        self.held: dict[int, Adapter] = {}  # by slot, adapters that decoding needs
+        self.low_rank: dict[int, Adapter] = {}  # of those, adapters with low-rank terms
         self.modulated = [False] * slots  # whether a slot differs from the bare backbone
         self._starts = [0] * slots  # and from which position on
         self.on_buffer: Callable[[str, int, str, torch.Tensor], None] = lambda *_: None
@@ -110,12 +110,12 @@ class Modulation:
         self._slots = slots
         self._device = device
         self._simd_width = simd_width
-        self.generating: list[GeneratorBatch] = []  # what the prefill in progress has to generate
+        self.generating: list[GeneratorBatch] = []  # vectors that the current prefill must generate
 
     def begin(self, rows: list[ConditionedRow]) -> list[GeneratorBatch]:
-        """Write the rows of a prefill, all but their generated vectors.
+        """Write the rows of a prefill, except their generated vectors.
 
-        Returns what generates those; `generating` must hold it whenever the prefill runs.
+        Returns the batches that generate those; set `generating` to them whenever the prefill runs.
         """
         by_form: dict[tuple[Any, ...], list[ConditionedRow]] = {}
         for row in rows:
@@ -140,8 +140,8 @@ class Modulation:
         return generating
 
     def generate(self, layer: int, residual: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Write this layer's generated vectors. residual [N, D] is the layer's input, `norm` makes [n, D] of it what
-        the attention reads."""
+        """Write this layer's generated vectors. residual [N, D] is the layer's input; `norm` maps [n, D] of it to the
+        attention's input."""
         for batch in self.generating:
             first = batch.generators[0]
             normed = None if first.pool_source == "residual" else norm
@@ -151,7 +151,7 @@ class Modulation:
                 self._buffer((SCALE, layer, site))[batch.slots, : part.shape[-1]] = part
 
     def edit(self, layer: int, hidden: torch.Tensor, rows: list[ConditionedRow]) -> None:
-        """Edit the prompts' tokens behind a layer, whose output hidden [N, D] is changed in place."""
+        """Apply edits to prompt tokens after a layer; its output hidden [N, D] is changed in place."""
         for row in rows if self.held else ():
             adapter = self.held.get(row.segment.slot)
             for edits in adapter.edits if adapter is not None else ():
@@ -168,7 +168,7 @@ class Modulation:
         return PreemptedState(rows, self.held.get(slot), self._starts[slot])
 
     def copy(self, source: int, targets: list[int]) -> None:
-        """Give the slots `targets` the rows of `source`."""
+        """Copy the rows of slot `source` to `targets`."""
         differ = any(self.modulated[slot] for slot in (source, *targets))  # rows of all others are neutral
         for slot in targets:
             self.modulated[slot], self._starts[slot] = self.modulated[source], self._starts[source]
@@ -178,11 +178,11 @@ class Modulation:
                 buffer[targets] = buffer[source].clone()
 
     def release(self, slot: int) -> None:
-        """The slot's sequence left: drop what it holds."""
+        """The slot's sequence ended: drop its adapter."""
         self._hold(slot, None)
 
     def width(self, layer: int, site: str) -> int:
-        """How wide a row of the site's buffers is."""
+        """The row width of the site's buffers."""
         return -(-self._widths[layer][site] // self._simd_width) * self._simd_width
 
     def _constants(self, adapter: Adapter) -> SlotRows:
@@ -195,7 +195,8 @@ class Modulation:
         }
 
     def _set(self, slot: int, rows: SlotRows, held: Adapter | None, generated: tuple[str, ...] = ()) -> None:
-        """Write the slot's rows, neutral where `rows` has none; the scales of the sites `generated` come later."""
+        """Write the slot's rows, neutral where `rows` has none; scales of the sites in `generated` are written
+        later."""
         for key in rows:
             self._buffer(key)
         for key, buffer in self.buffers.items():
@@ -209,7 +210,7 @@ class Modulation:
         self._hold(slot, held)
 
     def _reserve(self, generator: Generator) -> None:
-        """Make the buffers that the generator writes to."""
+        """Create the buffers that the generator writes to."""
         for layer in range(len(generator.layers)):
             for site in generator.targets:
                 self._buffer((SCALE, layer, site))

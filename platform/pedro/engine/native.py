@@ -1,7 +1,7 @@
 """Compiles, caches and loads `native.c` with `thread_pool.h` and `quantised.h`. `native_model.py` packs models for it.
 
-The first engine of a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash
-of source, compiler, flags and processor. Without a compiler the engine runs on PyTorch alone, and logs it.
+The first engine on a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash of
+source, compiler, flags and processor. Without a compiler the engine runs on PyTorch only, and logs this.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ class CopyStruct(ctypes.Structure):
 
 @cache
 def load_kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it cannot be built; the reason is logged once."""
+    """The compiled kernel, or None if it cannot be built; the reason is logged once."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        log.warning("no C compiler was found: the engine decodes with PyTorch alone, at about half the speed")
+        log.warning("no C compiler was found: the engine decodes with PyTorch, at about half the speed")
         return None
     try:
         kernel = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
-        log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch alone: %s", detail)
+        log.warning("the CPU kernel could not be built, so the engine decodes with PyTorch: %s", detail)
         return None
     kernel.pedro_simd_width.restype = c_long
     for name, last in {"embed": (), "generate": (c_long,), "prefill": (c_long,), "logits": (), "decode": ()}.items():
@@ -119,7 +119,7 @@ def load_kernel() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str) -> Path:
-    """The shared library, compiled now if this machine has not done so before."""
+    """The shared library, compiled first if this machine has none."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = "\0".join((*(source.read_text() for source in SOURCES), compiler, version, *FLAGS, _processor()))
     target = _cache_directory() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
@@ -133,19 +133,19 @@ def _built(compiler: str) -> Path:
 
 
 def _cache_directory() -> Path:
-    """The user's own cache, else a private temporary directory: what is loaded from it is code."""
+    """The user's own cache, else a private temporary directory, since code is loaded from it."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pedro" / "kernels"
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(root, os.W_OK) and root.stat().st_uid == os.getuid():
             return root
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         pass
     return Path(tempfile.mkdtemp(prefix="pedro-kernels-"))
 
 
 def _processor() -> str:
-    """What tells one kind of processor from another: a library for one may not run on the other."""
+    """Identifies the processor model: a library compiled for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Copies keys and values between slots and kept blocks with the CPU kernel's threads: one call for all layers."""
+"""Copies keys and values between slots and cached blocks with the CPU kernel's threads, all layers in one call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Copier:
-    """Between `slots` and `kept`, equally many float32 tensors of equally many heads.
+    """Copies between `slots` and `kept`, equally many float32 tensors with the same number of heads.
 
-    `strides`: how many floats a head lies from the next, in a slot and among the kept. Offsets and counts are floats,
-    counts of one head.
+    `strides`: distance between heads, in floats, in a slot and in `kept`. Offsets and counts are in floats, counts per
+    head.
     """
 
     def __init__(
@@ -29,17 +29,17 @@ class Copier:
         threads: KernelThreads,
     ) -> None:
         kernel = native.load_kernel()
-        assert kernel is not None, "asked for only where the kernel runs"
+        assert kernel is not None, "only used where the kernel runs"
         self._kernel, self._threads, self._count = kernel, threads, len(slots)
         self._tensors = [(c_void_p * len(slots))(*(tensor.data_ptr() for tensor in side)) for side in (slots, kept)]
         self._strides, self._heads = strides, heads
 
     def save(self, slot_at: int, kept_at: int, count: int) -> None:
-        """From the slots to the kept."""
+        """From `slots` to `kept`."""
         self._run(1, kept_at, 0, slot_at, count)
 
     def load(self, slot_at: int, kept_at: int, count: int) -> None:
-        """From the kept to the slots."""
+        """From `kept` to `slots`."""
         self._run(0, slot_at, 1, kept_at, count)
 
     def _run(self, to: int, to_at: int, source: int, source_at: int, count: int) -> None:

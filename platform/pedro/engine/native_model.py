@@ -1,6 +1,6 @@
-"""A Llama-like model on the CPU kernel: weights packed once, prefill a layer a call, decoding a step a call.
+"""A Llama-like model on the CPU kernel: weights are packed once; a call runs one layer of a prefill or one decode step.
 
-Takes the model over: its own weights are released as they are packed, so they exist once.
+Takes ownership of the model: its weights are freed as they are packed, so only one copy exists.
 Legend: N tokens of a packed batch, B rows, D model width, W output width, K inputs, P panels, V vocabulary.
 """
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from pedro.methods.architectures import Architecture, LayerSites
     from pedro.model_protocols import ModelConfig
 
-HEAD_WEIGHTS = {"int4": "int8"}  # of the head and the embedding, where not as the layers' are
+HEAD_WEIGHTS = {"int4": "int8"}  # of head and embedding, if different from the layers'
 MODELS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 GENERATOR_ACTIVATIONS = ("rational", "gelu", "relu")  # the order of native.c's enums
-PART_ROWS, PART_STEP = 512, 64  # rows that go through a layer together: at most, and a multiple of
+PART_ROWS, PART_STEP = 512, 64  # rows per layer call: the maximum, and the multiple
 POOLS = ("last", "mean", "max")
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 
 
 def supported(model: PreTrainedModel) -> bool:
-    """Whether the kernel exists here and can run this model."""
+    """Whether the kernel is available and can run this model."""
     return not misfit(model)
 
 
 def misfit(model: PreTrainedModel) -> str:
-    """Why the kernel cannot run this model; empty where it can."""
+    """Why the kernel cannot run this model; empty if it can."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -53,28 +53,28 @@ def misfit(model: PreTrainedModel) -> str:
 
 
 def unfit(config: ModelConfig) -> str:
-    """Why the kernel cannot run models of this config here, on a CPU and in float32; empty where it can."""
+    """Why the kernel cannot run models with this config here, on a CPU in float32; empty if it can."""
     if config.model_type not in MODELS:
         return f"the native kernel runs {', '.join(MODELS)}, not {config.model_type}"
     if config.hidden_act not in ACTIVATIONS:
-        return f"the native kernel has no {config.hidden_act}"
+        return f"the native kernel does not support {config.hidden_act}"
     return (
         "" if native.load_kernel() is not None else "the native kernel could not be built here; it needs a C compiler"
     )
 
 
 def simd_width() -> int:
-    """How many float32 a vector of the kernel holds; rows of modulation are padded to it."""
+    """The number of float32 in the kernel's vectors; modulation rows are padded to it."""
     kernel = native.load_kernel()
     assert kernel is not None, "asked for only where it is supported"
     return int(kernel.pedro_simd_width())
 
 
 class PrefillState:
-    """A prefill under way: its rows and their hidden states. `done` counts tokens times layers."""
+    """A prefill in progress: its rows and their hidden states. `done` counts tokens times layers."""
 
     def __init__(self, rows: list[ConditionedRow], batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
-        self.rows = rows  # and with them the adapters whose weights the kernel reads
+        self.rows = rows  # keeps alive the adapters whose weights the kernel reads
         self.batch = batch
         self.buffers = buffers
         self.generators: Any = None
@@ -82,7 +82,7 @@ class PrefillState:
 
 
 class NativeModel:
-    """The executor of `Runner` where the kernel fits."""
+    """The executor of `Runner` on the CPU kernel."""
 
     whole = False
 
@@ -105,7 +105,7 @@ class NativeModel:
         self.threads = KernelThreads(threads)
         self._packer = PanelPacker(simd_width())
         self._weights, head_weights = weights, HEAD_WEIGHTS.get(weights, weights)
-        self._held: list[torch.Tensor] = []  # what the kernel points at
+        self._held: list[torch.Tensor] = []  # tensors whose addresses the kernel has
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
         layers = (native.LayerStruct * self._num_layers)()
@@ -150,7 +150,7 @@ class NativeModel:
         self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
         for layer, sites, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
             self._pack(layer, sites, keys, values)
-        self.weight_bytes = sum(tensor.nbytes for tensor in self._held)  # tables of rotations among them
+        self.weight_bytes = sum(tensor.nbytes for tensor in self._held)  # includes rotary tables
         self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
@@ -158,7 +158,7 @@ class NativeModel:
         self._batch, self._buffers = self._make_batch(most)
         self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
         self._prompts: tuple[native.BatchStruct, dict[str, torch.Tensor]] | None = None
-        self._borrower: Callable[[], PrefillState | None] = lambda: None  # the prefill that has the shared buffers
+        self._borrower: Callable[[], PrefillState | None] = lambda: None  # the prefill that uses the shared buffers
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
         self._inputs: list[Any] = [(c_int * most).from_address(t.data_ptr()) for t in (ids, positions, slot_ids, mods)]
         modulation.on_buffer = self._use_buffer
@@ -207,7 +207,7 @@ class NativeModel:
                 self._modulation.edit(layer, state.buffers["x"][:count, : self._sizes["dim"]], state.rows)
 
     def logits(self, state: PrefillState, index: list[int]) -> Logits:
-        """What comes after the tokens `index` of a prefill whose layers all ran."""
+        """The logits after tokens `index` of a prefill whose layers all ran."""
         batch, buffers = self._make_batch(len(index))
         buffers["x"].copy_(state.buffers["x"][torch.tensor(index)])
         self._run("logits", batch)
@@ -219,7 +219,7 @@ class NativeModel:
         return F.rms_norm(x, x.shape[-1:], self._final_norm, self._model.eps)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
-        """One step: the last token of each row. Of rows with one slot each sees those at lower positions."""
+        """One step: the last token of each row. Among rows of one slot, each sees those at lower positions."""
         rows, batch, modulation = len(slots), self._batch, self._modulation
         ids, at, slot_ids, mods = self._inputs
         ids[:rows], at[:rows], slot_ids[:rows] = token_ids, positions, slots
@@ -232,13 +232,14 @@ class NativeModel:
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
 
     def _run(self, call: str, batch: native.BatchStruct, *layer: int) -> None:
-        """One call of the kernel, with as many threads as the machine lets run."""
+        """One call of the kernel, with as many threads as currently useful."""
         self._model.threads = self.threads.count
         getattr(self._kernel, f"pedro_{call}")(pointer(self._model), pointer(batch), *layer)
         self.threads.note(self._model.spent, self._model.lost)
 
     def _part_of(self, state: PrefillState, row: int, size: int) -> native.BatchStruct:
-        """Rows [row, row + size) of the prefill as a batch: its hidden states, and room that all parts share."""
+        """Rows [row, row + size) of the prefill as a batch: its hidden states, and scratch buffers that all parts
+        share."""
         part, buffers = self._part, state.buffers
         part.rows, part.lora = size, state.batch.lora
         for name in ("x", "ids", "positions", "slots", "mods"):
@@ -251,7 +252,7 @@ class NativeModel:
         return part
 
     def _generators(self, adapter: Adapter | None) -> int | None:
-        """Where the kernel finds the adapter's generators, one a layer; None where it has none."""
+        """Addresses of the adapter's generators for the kernel, one per layer; None if it has none."""
         generator = None if adapter is None else adapter.generator
         if generator is None:
             return None
@@ -272,7 +273,7 @@ class NativeModel:
         return addressof(known)
 
     def _pack(self, layer: native.LayerStruct, block: LayerSites, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Point `layer` at packed weights; the modules' own are released."""
+        """Point `layer` at packed weights and free the modules' own."""
         attention, mlp_norm = block.attention, block.block.get_submodule("post_attention_layernorm")
         sites = {name: _weights(site) for name, site in block.sites.items()}
         sites |= {"o": _own(block.output), "down": _own(block.down)}
@@ -297,11 +298,11 @@ class NativeModel:
             _release(module)
 
     def _table(self, embedding: torch.Tensor, weights: str) -> torch.Tensor:
-        """An embedding [V, D] that is not the head's: as it is, or quantised in panels."""
+        """An embedding [V, D] not tied to the head: unchanged, or quantised in panels."""
         return embedding if weights == "float32" else self._packer.panels([embedding], weights)
 
     def _hold(self, tensor: torch.Tensor) -> int:
-        """Keep the tensor alive, as float32 unless it holds bytes; gives its address."""
+        """Keep the tensor alive, as float32 unless it contains bytes; returns its address."""
         tensor = tensor.detach()
         tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
         self._held.append(tensor)
@@ -325,8 +326,8 @@ class NativeModel:
         return batch, buffers
 
     def _prefill_batch(self, rows: int) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
-        """Inputs and hidden states that prefills share one after the other; they grow. One that begins while another is
-        paused has its own."""
+        """Growing buffers for inputs and hidden states, reused by consecutive prefills. A prefill that begins while
+        another is paused gets its own."""
         shared = self._borrower() is None
         if not shared or self._prompts is None or len(self._prompts[1]["ids"]) < rows:
             buffers = {"x": torch.empty(rows, self._widths["x"])}
@@ -341,7 +342,7 @@ class NativeModel:
         return batch, buffers
 
     def _make_low(self, batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
-        """Room for the low-rank terms of every row; it grows with the largest rank."""
+        """Scratch memory for the low-rank terms of every row; grows with the largest rank."""
         if batch.lora and ("low" not in buffers or buffers["low"].shape[1] < 3 * self._model.max_rank):
             buffers["low"] = torch.zeros(len(buffers["x"]), 3 * self._model.max_rank)
             batch.low = buffers["low"].data_ptr()
@@ -361,14 +362,14 @@ class NativeModel:
 
 
 def _rotations(decoder: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary width] of every position, as the model itself makes them."""
+    """cos and sin [length, rotary width] of every position, computed by the model itself."""
     at = torch.arange(length)[None]
     cos, sin = decoder.rotary_emb(torch.zeros(1, length, 1), position_ids=at)
     return cos[0].float(), sin[0].float()
 
 
 def _norm(module: nn.Module) -> torch.Tensor:
-    """The factor of an RMS norm; Gemma keeps it less one."""
+    """The factor of an RMS norm; Gemma stores it minus one."""
     weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
     return weight + 1 if type(module).__name__.startswith("Gemma") else weight
 
@@ -386,7 +387,7 @@ def _own(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _window(attention: Any) -> int:
-    """How many positions a token sees; 0 for all. Mistral and Phi-3 say it in their config alone."""
+    """How many positions a token sees; 0 for all. Mistral and Phi-3 only set it in their config."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window or 0
     config = attention.config
@@ -394,6 +395,6 @@ def _window(attention: Any) -> int:
 
 
 def _release(module: nn.Module) -> None:
-    """Free a module's weights, which are packed now."""
+    """Free a module's weights once they are packed."""
     for parameter in module.parameters():
         parameter.data = torch.empty(0)

@@ -1,4 +1,4 @@
-"""Lays weights into the panels that the CPU kernel reads, in float32 or quantised, and says what the codes stand for.
+"""Packs weights into the panels that the CPU kernel reads, in float32 or quantised, and dequantises them.
 
 `quantise` and `dequantise` are the plain reference of quantised.h: groups of 32 inputs of one output share a scale,
 and of int4 a minimum, both in bfloat16. int8 is symmetric, as llama.cpp's Q8_0 is; int4 is like its Q4_1.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 WEIGHTS = ("float32", "int8", "int4")  # in the order of quantised.h's enum
 GROUP = 32
-PART_ROWS = 4096  # quantised together, so that little exists twice
+PART_ROWS = 4096  # quantised at a time, to bound temporary memory
 
 
 class Quantised(NamedTuple):
@@ -27,7 +27,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(weight: torch.Tensor, kind: str) -> Quantised:
-    """Weights [W, K] in `kind` ("int8" or "int4"). The last group's missing inputs are those of its last one."""
+    """Weights [W, K] in `kind` ("int8" or "int4"). The last group is padded with its last input."""
     rest = -weight.shape[1] % GROUP
     whole = torch.cat([weight, weight[:, -1:].expand(-1, rest)], 1) if rest else weight
     groups = whole.float().unflatten(1, (-1, GROUP))
@@ -41,7 +41,7 @@ def quantise(weight: torch.Tensor, kind: str) -> Quantised:
 
 
 def dequantise(quantised: Quantised, inputs: int) -> torch.Tensor:
-    """The weights [W, K] in float32 that the codes stand for."""
+    """The dequantised weights [W, K] in float32."""
     weight = quantised.codes * quantised.scales.float()[..., None]
     if quantised.minima is not None:
         weight = weight + quantised.minima.float()[..., None]
@@ -59,7 +59,7 @@ class PanelPacker:
         return -(-width // self._simd_width) * self._simd_width
 
     def buffer_widths(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """How wide the buffers of native.c's `Batch` are, for a model of these sizes."""
+        """Widths of the buffers of native.c's `Batch`, for a model of these sizes."""
         mixed, kv = (sizes[name] * sizes["head_dim"] for name in ("heads", "kv_heads"))
         dim, ffn = sizes["dim"], sizes["ffn"]
         qkv = self.rounded(mixed) + 2 * self.rounded(kv)
@@ -93,7 +93,7 @@ class PanelPacker:
     def _quantised(self, rows: torch.Tensor, kind: str) -> torch.Tensor:
         found = quantise(rows, kind)
         panels = found.codes.unflatten(0, (-1, 2 * self._simd_width)).permute(0, 2, 3, 1)  # [P, G, GROUP, NR]
-        if found.minima is not None:  # two codes a byte: a column's, and above it that of the column a vector further
+        if found.minima is not None:  # two codes per byte; the high bits are of the column one vector further
             low, high = panels.split(self._simd_width, -1)
             panels = low | high << 4
         heads = [part for part in (found.scales, found.minima) if part is not None]
@@ -102,6 +102,6 @@ class PanelPacker:
 
 
 def _codes(values: torch.Tensor, scales: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """The nearest codes of [W, G, GROUP]; 0 where a scale is."""
+    """The nearest codes of [W, G, GROUP]; 0 where the scale is 0."""
     codes = (values / scales.float()[..., None]).nan_to_num_(0.0).round_()
     return codes.clamp_(low, high)

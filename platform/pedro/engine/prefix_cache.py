@@ -1,15 +1,16 @@
-"""Keys and values of what was read, in blocks, for prompts that begin alike. Used on the step thread.
+"""Cached keys and values, in blocks, for prompts that begin alike. Used on the step thread.
 
-For whom they hold is composed in one place, `reuse_of`. They depend on the tokens up to their own, on the adapter that
-acted on those, and where that makes its vectors from the prompt, on all of what the vectors were made from. Whatever
-else decides how a token is read, such as a position that later tokens tell, belongs into the key. Beside that stands
-whose prompt it was: by default nothing passes from one tenant to another, not even how long an answer takes.
+`reuse_of` decides who may reuse them. Keys and values depend on the tokens up to their own, on the adapter that acted
+on these and, if it generates vectors from the prompt, on everything that the vectors were generated from. Anything else
+that influences how a token is processed, such as a position determined by later tokens, belongs in the key. The key
+also contains the tenant: by default nothing passes from one tenant to another, not even through response times.
 
 Blocks form a tree. The key of a block is its parent's number and its own tokens, so that equal keys mean equal prompts
-up to there: a number is given once and the tokens themselves are compared, never only their hash. Above the first block
-stands who may find it (`PrefixKey`). Where an adapter makes its vectors from the prompt, they are kept there, too.
+up to there: numbers are never reused, and the tokens themselves are compared, not only their hash. The parent of a
+first block is a `PrefixKey`, which says who may reuse it. Vectors that an adapter generated from a prompt are cached
+under it, too.
 
-A block that a waiting sequence is about to begin with is referenced, and never evicted.
+A block that a waiting sequence is about to use is referenced, and never evicted.
 """
 
 from __future__ import annotations
@@ -31,33 +32,33 @@ if TYPE_CHECKING:
     from pedro.engine.sequence import Request, Sequence
     from pedro.engine.steps import NewToken
 
-OVERHEAD = 2048  # bytes that a block takes beside its keys and values: its tokens and its entry
+OVERHEAD = 2048  # bytes per block beside its keys and values: its tokens and its entry
 TOKEN_BYTES = array("i").itemsize
 ANY_TENANT = None
 
 
 class PrefixKey(NamedTuple):
-    """What two prompts must have in common, beside the tokens from their first on. Compared as a whole."""
+    """What two prompts must have in common besides their leading tokens. Compared as a whole."""
 
-    tenant: str | None  # None: whoever asks
+    tenant: str | None  # None: any tenant
     salt: str
     adapter: str | None  # a version with its digest; None: the bare backbone
-    epoch: int  # which life of the cache: what is kept in one is never found in the next
-    conditioning: bytes  # the tokens that decide what is done to each; none where that is the same in any prompt
+    epoch: int  # of the cache: blocks of earlier epochs are never found
+    conditioning: bytes  # the tokens that vectors depend on; empty if they do not depend on the prompt
 
 
 class Reuse(NamedTuple):
-    """A prompt's key, and how many tokens of prompt and answer hold for it and are worth keeping (None: all)."""
+    """A prompt's key, and how many tokens of prompt and answer it is valid for and worth caching (None: all)."""
 
     key: PrefixKey
     until: int | None = None
 
 
 def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_bare: bool = False) -> Reuse:
-    """With whom the request may share, in this epoch of the cache.
+    """Who may share the request's prefix, in this epoch of the cache.
 
-    `share_bare`: the operator lets tenants share what no adapter acted on; a request with a salt still shares with its
-    own tenant alone.
+    `share_bare`: the operator lets tenants share tokens on which no adapter acted; a request with a salt still shares
+    only within its tenant.
     """
     named, conditioning, until = request.adapter, b"", None
     if adapter is not None:
@@ -66,7 +67,7 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
         read = adapter.conditioned_by(request.prompt_ids[:length])
         if start is None:
             named = None
-        elif start:  # what comes before is the bare backbone's; the tokens that vectors are made from must be read
+        elif start:  # earlier tokens see the bare backbone; tokens that condition vectors must be read
             pooled = len(request.prompt_ids) if adapter.generator is None else adapter.generator.first_pooled(read)
             named, until = None, min(start, pooled)
         elif adapter.reads_prompt:
@@ -74,17 +75,17 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
             whole = request.conditioning_length is None and (
                 adapter.generator is None or adapter.generator.head is None
             )
-            until = read if whole else None  # then no other prompt begins with its answer
+            until = read if whole else None  # no other prompt can begin with its answer
     tenant = ANY_TENANT if share_bare and named is None and not request.cache_salt else request.tenant
     return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)
 
 
-EntryKey = tuple[PrefixKey | int, bytes]  # of a first block, or of one below another; vectors have no tokens
+EntryKey = tuple[PrefixKey | int, bytes]  # of a first block, or of a child; vectors have no tokens
 
 
 @dataclass(eq=False)
 class PrefixEntry:
-    """A block, by its number and its place among `KVBlocks`, or the vectors of a prompt."""
+    """A block, with its number and its place in `KVBlocks`, or the vectors of a prompt."""
 
     adapter: str | None
     nbytes: int
@@ -96,7 +97,7 @@ class PrefixEntry:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The beginning of a prompt that need not be read: its blocks, and the vectors where they are of the prompt."""
+    """The cached beginning of a prompt: its blocks, and the vectors if they depend on the prompt."""
 
     blocks: tuple[PrefixEntry, ...]
     rows: SlotRows | None = None
@@ -112,7 +113,7 @@ class Prefix:
 
 @dataclass(frozen=True)
 class _Unkept:
-    """What a slot holds until the next step and is to be kept."""
+    """Contents of a slot to be cached before the next step."""
 
     reuse: Reuse
     token_ids: list[int]
@@ -120,7 +121,7 @@ class _Unkept:
 
 
 class PrefixCache:
-    """What was used last, within `budget_bytes`; a budget for less than one block keeps nothing."""
+    """An LRU cache of `budget_bytes`; if these are less than one block, nothing is cached."""
 
     def __init__(self, runner: Runner, budget_bytes: int, share_bare: bool = False) -> None:
         self.budget_bytes = budget_bytes
@@ -128,8 +129,8 @@ class PrefixCache:
         self._rows_of, self._share_bare = runner.slot_rows, share_bare
         count = budget_bytes // self._block_bytes
         self._blocks = runner.make_blocks(count) if count else None
-        self._free = list(range(count))  # a heap: neighbours are copied together
-        self._entries: OrderedDict[EntryKey, PrefixEntry] = OrderedDict()  # used last at the end
+        self._free = list(range(count))  # a heap, so that neighbours can be copied together
+        self._entries: OrderedDict[EntryKey, PrefixEntry] = OrderedDict()  # most recently used at the end
         self._numbers = itertools.count()
         self._unkept: list[_Unkept] = []
         self._epoch, self._kept_epoch = 0, 0
@@ -138,8 +139,8 @@ class PrefixCache:
         self._counts = dict.fromkeys(("queried_tokens", "hits", "saved_tokens", "evictions"), 0)
 
     def look_up(self, sequence: Sequence, adapter: Adapter | None) -> None:
-        """Before the sequence starts: what its prefill need not read, held until `release`. A prompt whose
-        log-probabilities, or mean, are asked for is read whole: they need the state of every token."""
+        """The cached prefix of a sequence about to start, held until `release`. Prompts whose log-probabilities or mean
+        are requested are read whole: these need the state of every token."""
         self.release(sequence)
         sequence.num_cached = 0
         if self._blocks is None:
@@ -156,32 +157,32 @@ class PrefixCache:
             sequence.prefix, sequence.num_cached = found, found.num_tokens
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence's slot holds what was found for it, or it does not start."""
+        """Release the prefix of a sequence: it was copied to its slot, or the sequence does not start."""
         if sequence.prefix is not None:
             for block in sequence.prefix.blocks:
                 block.refcount -= 1
             sequence.prefix = None
 
     def prefilled(self, made: list[NewToken], counts: bool) -> None:
-        """The answers to one request got their first tokens: what was read is to be kept. `counts`: for an answer that
-        somebody still wants."""
+        """Note a prompt for caching, once the answers to its request have their first tokens. `counts`: whether the
+        answer is still wanted."""
         leader = made[0][0]
         if leader.reuse is not None and not leader.resumes:
             if counts and not leader.prompt_read:
                 self._count(leader)
-            if all(token_id >= 0 for _, token_id, _ in made):  # else keys may not be finite
+            if all(token_id >= 0 for _, token_id, _ in made):  # else keys may be non-finite
                 self._unkept.append(_Unkept(leader.reuse, leader.request.prompt_ids, leader.slot))
         for sequence, *_ in made:
             sequence.num_cached = 0
 
     def answered(self, sequence: Sequence) -> None:
-        """The sequence leaves its slot, which holds prompt and answer but for the last token: they are to be kept."""
+        """Note prompt and answer, except its last token, of a sequence that leaves its slot."""
         if sequence.reuse is not None and sequence.reuse.until is None and sequence.prompt_in is None:
             self._unkept.append(_Unkept(sequence.reuse, sequence.prefill_ids[:-1], sequence.slot))
 
     def keep(self) -> None:
-        """Copy what is to be kept, before slots are given out again. Apart from the step that read it, so that the
-        first token is on its way by then."""
+        """Copy noted contents to the cache before slots are reused. Separate from the step that computed them, so as
+        not to delay the first token."""
         if self._kept_epoch != self._epoch:
             self._kept_epoch = self._epoch
             while self._evict():
@@ -191,11 +192,11 @@ class PrefixCache:
             self._keep(one)
 
     def forget(self) -> None:
-        """Let nothing be found any more that was read up to now, of requests that still run either. From any thread."""
+        """Invalidate everything read so far, also by requests that still run. From any thread."""
         self._epoch += 1
 
     def stats(self) -> dict[str, Any]:
-        """Tokens asked for, prompts that found a beginning, the tokens this saved, evictions; blocks and bytes now."""
+        """Tokens queried, prompts with a hit, tokens saved, evictions; current blocks and bytes."""
         return {
             **self._counts,
             "blocks": len(self._entries),
@@ -205,7 +206,7 @@ class PrefixCache:
         }
 
     def _find(self, reuse: Reuse, token_ids: list[int]) -> Prefix:
-        """The blocks that hold the beginning of the prompt. At least its last token is left to be read."""
+        """The blocks with the beginning of the prompt. At least its last token remains to be read."""
         found: list[PrefixEntry] = []
         keys: list[EntryKey] = []
         key, rows = reuse.key, None
@@ -227,7 +228,7 @@ class PrefixCache:
         return Prefix(tuple(found), rows)
 
     def _count(self, leader: Sequence) -> None:
-        """A prompt was read, for the first of the answers to it."""
+        """Count a prompt that was read for the first of its answers."""
         length = len(leader.request.prompt_ids)
         cached = min(leader.num_cached, length)
         self._counts["queried_tokens"] += length
@@ -237,8 +238,8 @@ class PrefixCache:
             sequence.cached_tokens = cached
 
     def _keep(self, one: _Unkept) -> None:
-        """Copy the whole blocks that are not here yet, as many from the beginning as fit."""
-        assert self._blocks is not None, "nothing is noted where nothing can be kept"
+        """Copy the whole blocks that are not cached yet, as many from the beginning as fit."""
+        assert self._blocks is not None, "nothing is noted without a cache"
         key, until = one.reuse
         blocks = list(_blocks(one.token_ids[:until]))
         here: list[EntryKey] = []
@@ -253,7 +254,7 @@ class PrefixCache:
         made: list[tuple[EntryKey, PrefixEntry]] = []
         if key.conditioning and rows in self._entries:
             here.insert(0, rows)
-        for entry_key in here:  # making room for the end must not take the beginning
+        for entry_key in here:  # evicting for the end must not remove the beginning
             self._entries[entry_key].refcount += 1
         if key.conditioning and blocks and rows not in here:
             vectors = self._take_rows(key, one.slot)
@@ -278,14 +279,14 @@ class PrefixCache:
         self._touch(sorted(keys, key=lambda entry_key: bool(entry_key[1])))
 
     def _take_block(self, adapter: str | None) -> PrefixEntry | None:
-        """Room for a new block; None where there is none."""
+        """A place for a new block; None if there is none."""
         if not self._make_room(self._block_bytes):
             return None
         self._account(adapter, self._block_bytes)
         return PrefixEntry(adapter, self._block_bytes, next(self._numbers), heapq.heappop(self._free))
 
     def _take_rows(self, key: PrefixKey, slot: int) -> PrefixEntry | None:
-        """The slot's vectors; None where there is no room."""
+        """The slot's vectors; None if they do not fit."""
         rows = self._rows_of(slot)
         nbytes = sum(row.nbytes for row in rows.values()) + len(key.conditioning) + OVERHEAD
         if not self._make_room(nbytes):
@@ -300,14 +301,14 @@ class PrefixCache:
             del self._bytes_of[adapter]
 
     def _make_room(self, nbytes: int) -> bool:
-        """Evict until `nbytes` more fit; False where what is referenced leaves no room."""
+        """Evict until `nbytes` more fit; False if referenced blocks prevent it."""
         while self._used_bytes + nbytes > self.budget_bytes:
             if not self._evict():
                 return False
         return True
 
     def _evict(self) -> bool:
-        """Drop what was used longest ago and is not referenced; False if there is nothing."""
+        """Drop the least recently used entry without references; False if there is none."""
         key = next((key for key, entry in self._entries.items() if not entry.refcount), None)
         if key is None:
             return False
@@ -319,7 +320,7 @@ class PrefixCache:
         return True
 
     def _touch(self, keys: list[EntryKey]) -> None:
-        """Count entries as used now, the first as the last: without its parent a block is not found."""
+        """Mark entries as used, the first one last: a block cannot be found without its parent."""
         for key in reversed(keys):
             self._entries.move_to_end(key)
 
@@ -331,5 +332,5 @@ def _blocks(token_ids: list[int]) -> Iterable[bytes]:
 
 
 def token_bytes(token_ids: Iterable[int]) -> bytes:
-    """The ids themselves, four bytes each: equal bytes are equal tokens."""
+    """The ids, four bytes each: equal bytes mean equal tokens."""
     return array("i", token_ids).tobytes()

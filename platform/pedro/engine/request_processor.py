@@ -1,4 +1,4 @@
-"""Turns a request into its sequences. Refuses what can never run, before it waits for anything."""
+"""Turns a request into sequences, and refuses at once what can never run."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class RequestProcessor:
         self._eos_ids = eos_ids(model, tokenizer)
 
     def limit(self, blocks: int, block: int) -> None:
-        """Nothing may need more than `blocks` of the KV cache, of `block` tokens."""
+        """Limit requests to `blocks` of the KV cache, of `block` tokens."""
         self._blocks, self._block = blocks, block
         self.max_length = min(self.context, blocks * block)
 
     def process(self, request: Request) -> list[Sequence]:
-        """The request's sequences, or PedroError for what can never run."""
+        """The request's sequences. Raises PedroError if it can never run."""
         prompt, wanted = len(request.prompt_ids), request.params.max_tokens
         beams = request.params.num_beams
         if beams > self._max_batch:
             raise PedroError(
-                f"num_beams: {beams} beams run at once and the engine runs {self._max_batch}; ask for fewer",
+                f"num_beams: {beams} beams exceed the engine's {self._max_batch} sequences; request fewer",
                 param="num_beams",
             )
         most = min(self.max_length, self._blocks // beams * self._block)
@@ -75,7 +75,7 @@ class RequestProcessor:
         self._check_vocabulary("logit_bias", request.params.logit_bias)
         tokens = self._default_tokens(prompt, room, least, beams) if wanted is None else wanted
         if request.resumed_ids and len(request.resumed_ids) >= tokens:
-            raise PedroError(f"resumed_ids: all {tokens} tokens of the answer were made already", param="resumed_ids")
+            raise PedroError(f"resumed_ids: all {tokens} tokens of the answer are already there", param="resumed_ids")
         if beams > 1:
             return [BeamSequence(request, tokens, self._tokenizer, self._eos_ids)]
         sequences = [Sequence(request, i, tokens, self._tokenizer, self._eos_ids) for i in range(request.n)]
@@ -84,8 +84,8 @@ class RequestProcessor:
         return sequences
 
     def _default_tokens(self, prompt: int, room: int, least: int, beams: int) -> int:
-        """An answer's most tokens where none are asked for: what there is room for. Beams, which have all their blocks
-        from the start, share one context or a quarter of all blocks, but have a short answer each."""
+        """The most tokens of an answer without `max_tokens`: what fits. Beams, whose blocks are all reserved at the
+        start, share one context or a quarter of all blocks, but may each have a short answer."""
         if beams == 1:
             return room
         together = max(-(-self.max_length // self._block), self._blocks // 4)
@@ -102,7 +102,7 @@ def _context_length(config: ModelConfig) -> int:
 
 
 def eos_ids(model: nn.Module, tokenizer: TokenDecoder) -> frozenset[int]:
-    """Every id that ends an answer: the tokenizer's, and those of the model's generation config."""
+    """Every id that ends an answer: the tokenizer's and those in the model's generation config."""
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     ids = ids if isinstance(ids, (list, tuple)) else [ids]

@@ -1,6 +1,6 @@
-"""Runs prefills and decode steps on the model. Holds the tensors and no policy: who runs when is decided elsewhere.
+"""Runs prefills and decode steps on the model. Owns the tensors and contains no policy: the scheduler decides who runs.
 
-Batches are packed, never padded: the tokens of all rows lie in one line, so a row costs its own length.
+Batches are packed, never padded: the tokens of all rows are concatenated, so a row only costs its own length.
 Legend: B rows, V vocabulary.
 """
 
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
     from pedro.engine.sequence import Logprob
 
 KERNELS = ("auto", "native", "torch")
-HEAD_CHUNK = 256  # prompt positions whose logits exist at once
+HEAD_CHUNK = 256  # prompt positions whose logits are in memory together
 
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """A prompt to read into `slot`. `prompt_logprobs` asks for those of its tokens, with that many alternatives.
+    """A prompt to read into `slot`. `prompt_logprobs`: return those of its tokens, with that many alternatives.
 
-    `pooling` ("last" or "mean") asks for its embedding. `preempted_state` is what a preempted request saved, or one
-    with the same prompt left, used in place of the adapter, which acts from position `start` on. `places`: the kept
-    blocks that it begins with, of `num_cached` tokens.
+    `pooling` ("last" or "mean"): return its embedding. `preempted_state`: rows saved at a preemption or cached with the
+    same prompt, used instead of the adapter, which acts from position `start` on. `places`: the cached blocks that it
+    begins with, of `num_cached` tokens.
     """
 
     slot: int
@@ -79,14 +79,13 @@ class _PackedPrefill:
 
 
 class Runner:
-    """A model, its KV cache and the modulation of its slots. A prefill may be in progress between decode steps, and be
-    paused for another: `advance`, `end` and `abandon` act on the one that began last.
+    """A model, its KV cache and the modulation of its slots. A prefill may be in progress between decode steps, and may
+    be paused for another: `advance`, `end` and `abandon` act on the one that began last.
 
-    `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" the first where it fits.
-    `threads`: the most that the native kernel uses; None takes what the machine grants. `weights`: what the native
-    kernel reads the backbone's in, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one a slot.
-    `capture`: whether steps on a GPU may be captured as graphs. Raises BackboneError or ConfigError where any of it
-    cannot be.
+    `kernel`: "native" is the compiled CPU kernel, "torch" the model's own modules, "auto" native if possible.
+    `threads`: at most, for the native kernel; None: all available cores. `weights`: format of the backbone's weights in
+    the native kernel, of `panels.WEIGHTS`. `draft_rows`: rows of a step beside one per slot. `capture`: whether steps
+    on a GPU may be captured as graphs. Raises BackboneError or ConfigError if any of these is impossible.
     """
 
     def __init__(  # noqa: PLR0913 - as EngineConfig.runner_options() gives them
@@ -108,7 +107,7 @@ class Runner:
         heads = config.num_attention_heads
         graphs = capture and uses_graphs(self.device)
         paged = find_paged_attention(weight.dtype) if graphs and not softcapped(model) else None
-        pages = graphs or self.device.type == "cuda"  # memory that is taken at the start
+        pages = graphs or self.device.type == "cuda"  # memory is allocated at the start
         form: type[KVCache | PagedKVCache] = PagedKVCache if pages else KVCache
         cache = form(
             config.num_hidden_layers,
@@ -120,7 +119,7 @@ class Runner:
             self.device,
         )
         self.cache: SlotCache = cache
-        if pages:  # before what refers to the tensors
+        if pages:  # before anything refers to the tensors
             self._limit(kv_budget)
         misfit = "kernel: torch was asked for" if kernel == "torch" else native_model.misfit(model)
         fits = not misfit
@@ -131,12 +130,12 @@ class Runner:
             )
         if weights != "float32" and not fits:
             raise BackboneError(
-                f"engine.weights: {weights} is for the native kernel alone, and that cannot run here: {misfit}; "
+                f"engine.weights: {weights} needs the native kernel, which cannot run here: {misfit}; "
                 "use weights: float32"
             )
         if draft_rows and graphs:
             raise BackboneError(
-                "engine.speculate: ngram is for a CPU alone: a captured decode step has one token a sequence; use off"
+                "engine.speculate: ngram needs a CPU: captured decode steps have one token per sequence; use off"
             )
         self.kernel = "native" if fits else "torch"
         self._weights = weights
@@ -152,7 +151,7 @@ class Runner:
         self.modulation = Modulation(widths, slots + graphs, self.device, self.simd_width)
         self._executor: ModelExecutor
         if fits:
-            assert isinstance(cache, KVCache), "the CPU kernel knows no pages"
+            assert isinstance(cache, KVCache), "the CPU kernel does not support pages"
             threads = threads or granted_threads()
             self._executor = NativeModel(
                 model, self.architecture, cache, self.modulation, slots, threads, weights, draft_rows
@@ -160,13 +159,13 @@ class Runner:
         else:
             recorder = GraphCapture() if graphs else None
             self._executor = TorchModel(model, self.architecture, cache, self.modulation, recorder, paged)
-        if not pages:  # once all weights are there
+        if not pages:  # once all weights are loaded
             self._limit(kv_budget)
         self._prefills: list[_PackedPrefill] = []
         self._blocks: KVBlocks | None = None
 
     def _limit(self, budget: KVBudget) -> None:
-        """Let the cache have what the budget allows. Raises ConfigError where that is less than was asked for."""
+        """Size the cache by the budget. Raises ConfigError if that is less than was requested."""
         blocks = self._allowed_blocks(budget)
         check_whole(self.cache, blocks, budget)
         self.cache.limit(blocks)
@@ -176,14 +175,14 @@ class Runner:
 
     @property
     def lost(self) -> PedroError | None:
-        """Why nothing can be run any more; None as long as it can."""
+        """Why the runner can no longer run; None while it can."""
         return None
 
     def on_lost(self, call: Callable[[], None]) -> None:
-        """Have `call` called when that comes to be, from any thread."""
+        """Call `call` when that happens, from any thread."""
 
     def read_adapter(self, directory: Path, backbone_digest: str) -> Adapter:
-        """The adapter in `directory`, as prefills take it. For any thread. Raises AdapterError where it cannot be."""
+        """Load the adapter in `directory` for prefills. From any thread. Raises AdapterError if it cannot be served."""
         return read_adapter(directory, self.architecture, backbone_digest, self.device, self.simd_width)
 
     @torch.inference_mode()
@@ -196,7 +195,7 @@ class Runner:
             self._use(row.slot, len(row.token_ids))
             segments.append(Segment(start, start + len(row.token_ids) - row.num_cached, row.slot))
             if row.places:
-                assert self._blocks is not None, "nothing is found where nothing is kept"
+                assert self._blocks is not None, "cached blocks need a cache"
                 self._blocks.load(row.slot, row.places)
             start = segments[-1].stop
         conditioned = [
@@ -210,13 +209,14 @@ class Runner:
 
     @torch.inference_mode()
     def advance(self, until: int | None = None) -> None:
-        """Continue the prefill until at least `until` tokens' worth of it, through all layers, is done (None: all)."""
+        """Continue the prefill until at least `until` tokens' worth of work, through all layers, is done (None:
+        all)."""
         prefill = self._prefills[-1]
         self.modulation.generating = prefill.generating
         self._executor.advance(prefill.state, prefill.segments[-1].stop if until is None else until)
 
     def stats(self) -> dict[str, Any]:
-        """What runs the model, what its weights are kept in, the bytes that these take, and sizes of the KV cache."""
+        """The kernel, format and bytes of the weights, and sizes of the KV cache."""
         return {
             "kernel": self.kernel,
             "weights": self._weights,
@@ -228,22 +228,22 @@ class Runner:
 
     @property
     def splits_prefills(self) -> bool:
-        """Whether a prefill can be cut, and a call's duration is its cost."""
+        """Whether a prefill can be split, and a call's duration is its cost."""
         return self.device.type == "cpu" and not self._executor.whole
 
     @torch.inference_mode()
     def embeddings(self) -> list[bytes | None]:
-        """Of the prompts of a prefill that has run through and is not ended yet: [D] in float32, of length 1, where
-        asked for."""
+        """Embeddings of the prompts of a completed prefill, before `end`: [D] in float32, of length 1, where
+        requested."""
         prefill = self._prefills[-1]
         pairs = zip(prefill.rows, prefill.segments, strict=True)
         return [None if row.pooling is None else self._embedding(prefill.state, segment, row) for row, segment in pairs]
 
     @torch.inference_mode()
     def end(self) -> tuple[Logits, list[list[Logprob | None] | None]]:
-        """The logits after each prompt, and the prompts' own log-probabilities where asked for.
+        """The logits after each prompt, and the prompts' own log-probabilities where requested.
 
-        Where it raises, the prefill is still in progress.
+        If it raises, the prefill is still in progress.
         """
         prefill = self._prefills[-1]
         logprobs = [
@@ -255,7 +255,7 @@ class Runner:
         return logits, logprobs
 
     def abandon(self) -> None:
-        """Forget the prefill in progress. What it wrote may be anything, so it is wiped."""
+        """Drop the prefill in progress and zero its slots, which may contain anything."""
         for row in self._prefills.pop().rows:
             self.cache.wipe(row.slot, len(row.token_ids))
 
@@ -270,7 +270,7 @@ class Runner:
 
     @torch.inference_mode()
     def copy(self, source: int, targets: list[int], length: int) -> None:
-        """Give the slots `targets` the first `length` positions of `source`, and its modulation."""
+        """Copy the first `length` positions of slot `source`, and its modulation, to `targets`."""
         for target in targets:
             self._use(target, length)
         self.cache.spread(source, targets, length)
@@ -278,29 +278,29 @@ class Runner:
 
     @torch.inference_mode()
     def reorder(self, pairs: list[tuple[int, int]], start: int, stop: int) -> None:
-        """Simultaneously for each (a, b): slot b takes positions [start, stop) of slot a."""
+        """Simultaneously for each (a, b): copy positions [start, stop) of slot a to slot b."""
         if pairs:
             self.cache.move([a for a, _ in pairs], [b for _, b in pairs], start, stop)
 
     @torch.inference_mode()
     def save_state(self, slot: int) -> PreemptedState:
-        """What must outlive a preemption of the sequence in `slot`, in memory of its own."""
+        """What a preempted sequence in `slot` needs to resume, copied."""
         return self.modulation.save_state(slot)
 
     @torch.inference_mode()
     def slot_rows(self, slot: int) -> SlotRows:
-        """What modulates the slot, copied."""
+        """The slot's modulation, copied."""
         return self.modulation.save_state(slot).rows
 
     def make_blocks(self, count: int) -> KVBlocks:
-        """Room for blocks that `PrefillRow.places` names."""
+        """Allocate storage for the blocks that `PrefillRow.places` refers to."""
         threads = self._executor.threads if isinstance(self._executor, NativeModel) else None
         self._blocks = KVBlocks(self.cache, count, threads)
         return self._blocks
 
     def save_blocks(self, slot: int, first: int, places: Sequence[int]) -> None:
-        """Keep the slot's blocks from number `first` on at `places`."""
-        assert self._blocks is not None, "there is room for what is kept"
+        """Copy the slot's blocks from number `first` on to `places`."""
+        assert self._blocks is not None, "allocated by make_blocks"
         self._blocks.save(slot, first, places)
 
     def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
@@ -309,7 +309,7 @@ class Runner:
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """The sequence in `slot` ended or was preempted: nothing of it is needed any longer."""
+        """The sequence in `slot` ended or was preempted: its contents are no longer needed."""
         self.modulation.release(slot)
         self.cache.lengths[slot] = 0
 
@@ -319,13 +319,13 @@ class Runner:
             self._executor.close()
 
     def _use(self, slot: int, length: int) -> None:
-        """The slot's sequence is about to have `length` positions."""
+        """The slot's sequence is about to grow to `length` positions."""
         self.cache.lengths[slot] = length
         if length > self.cache.room[slot]:
             self.cache.grow(slot)
 
     def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[Logprob | None]:
-        """Of each prompt token given those before it; the first has none."""
+        """The log-probability of each prompt token given those before it; the first has none."""
         result: list[Logprob | None] = [None]
         for start in range(0, len(row.token_ids) - 1, HEAD_CHUNK):
             stop = min(start + HEAD_CHUNK, len(row.token_ids) - 1)
@@ -334,7 +334,7 @@ class Runner:
         return result
 
     def _embedding(self, state: Any, segment: Segment, row: PrefillRow) -> bytes:
-        """The last hidden state, after the model's last norm: the prompt's last token's, or the mean of all."""
+        """The hidden state after the model's last norm: of the prompt's last token, or the mean over all."""
         first = segment.stop - 1 if row.pooling == "last" else segment.start
         assert row.pooling == "last" or not row.num_cached, "a mean needs the state of every token"
         pooled: Any = 0.0

@@ -1,7 +1,7 @@
 """Chooses tokens from logits.
 
-Randomness is a function of (seed, choice, position) alone: one uniform number a token, so that neighbours,
-preemption and failover change nothing. Greedy rows are a plain argmax, and cost nothing where the model gave it.
+Randomness depends on (seed, choice, position) only: one uniform number per token, so that other rows, preemption and
+failover change nothing. Greedy rows are a plain argmax, which is free if the model already computed it.
 Legend: R rows, V vocabulary, C candidates, N (row, token) pairs.
 """
 
@@ -17,14 +17,14 @@ import torch
 from pedro.engine.sequence import Logprob, SamplingParams
 from pedro.engine.token_mask import allowed
 
-LEAST_TEMPERATURE = 1e-6  # below it float32 would divide by zero
-LEAST_TOP_P = 1e-6  # a smaller float64 rounds to zero in float32, which would drop every token
-CANDIDATES = 256  # likeliest tokens that top-k and top-p look at first; all of them only where that is too few
+LEAST_TEMPERATURE = 1e-6  # smaller ones would divide by zero in float32
+LEAST_TOP_P = 1e-6  # smaller ones round to zero in float32, which would drop every token
+CANDIDATES = 256  # top-k and top-p first consider this many likeliest tokens, and all only if these are too few
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """What sampling needs to know of a sequence: its parameters, where it stands, and its tokens."""
+    """A sequence's input to sampling: parameters, position and tokens."""
 
     params: SamplingParams
     seed: int
@@ -32,26 +32,26 @@ class SampleRow:
     prompt_ids: list[int]
     output_ids: list[int]
     barred: frozenset[int] = frozenset()  # tokens that cannot be chosen
-    mask: torch.Tensor | None = None  # those that can, as bits (`TokenMask.bits`)
+    mask: torch.Tensor | None = None  # allowed tokens, as bits (`TokenMask.bits`)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A chosen token, -1 where the logits are not finite, and its log-probability where asked for."""
+    """A sampled token, -1 if the logits are not finite, and its log-probability if requested."""
 
     token_id: int
     logprob: Logprob | None
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """A number in [0, 1) that depends on the three alone."""
+    """A number in [0, 1) that depends only on the arguments."""
     key = f"{seed}:{choice}:{position}".encode()
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11) / 2**53
 
 
 @torch.inference_mode()
 def greedy(logits: torch.Tensor) -> list[int]:
-    """The likeliest token of each row of [R, V]; -1 where the row holds numbers that are not finite."""
+    """The likeliest token of each row of [R, V]; -1 if the row contains non-finite numbers."""
     best, tokens = logits.max(-1)  # NaN and infinity both win
     return [token if math.isfinite(value) else -1 for token, value in zip(tokens.tolist(), best.tolist(), strict=True)]
 
@@ -89,8 +89,8 @@ def token_logprobs(logits: torch.Tensor, token_ids: list[int], top: int) -> list
 
 
 def penalised(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
-    """Logits [R, V] after the bias, the repetition, presence and frequency penalties and what is barred; the same where
-    there is none of it.
+    """Logits [R, V] after bias, repetition, presence and frequency penalties and barred tokens; unchanged if there are
+    none.
 
     Repetition as in CTRL (arXiv 1909.05858, section 4.1); presence and frequency as in the OpenAI API reference.
     """
@@ -139,7 +139,8 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> list[int]:
-    """Tokens drawn from scores [R, V]: temperature, then top-k, top-p and min-p, each on what the last left."""
+    """Tokens drawn from scores [R, V]: temperature, then top-k, top-p and min-p, each applied to the previous
+    result."""
     temperature = _column([max(row.params.temperature, LEAST_TEMPERATURE) for row in rows], scores)[:, None]
     probs = (scores - scores.amax(-1, keepdim=True)).div_(temperature).softmax(-1)
     points = [uniform(row.seed, row.choice, len(row.output_ids)) for row in rows]
@@ -159,10 +160,10 @@ def _draw(scores: torch.Tensor, rows: list[SampleRow]) -> list[int]:
 def _ordered(
     probs: torch.Tensor, params: list[SamplingParams]
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
-    """The rows of probs [R, V] in parts: which they are, their probabilities [r, C] and those's tokens.
+    """The rows of probs [R, V] in groups: their indices, their candidates' probabilities [r, C] and tokens.
 
-    Where top-k or top-p ask for an order, the likeliest come first and equals by token; else all are as they were.
-    A row's own numbers alone decide in which part it is, so that neighbours cannot change what is drawn.
+    If top-k or top-p need an order, the likeliest come first, ties by token; else the order is unchanged. A row's group
+    depends only on the row itself, so that other rows cannot change the result.
     """
     ranked = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1]
     if len(ranked) < len(params):
@@ -174,7 +175,7 @@ def _ordered(
     if probs.shape[-1] > CANDIDATES:
         ids = probs.topk(CANDIDATES, sorted=False).indices.sort(-1).values
         values, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
-        sure = values > values[:, -1:]  # what is left out may equal the last
+        sure = values > values[:, -1:]  # tokens not considered may tie with the last
         counts, masses = sure.sum(-1).tolist(), values.where(sure, 0.0).sum(-1).tolist()
         enough = [
             p.top_k <= count if p.top_k else mass >= p.top_p
@@ -191,7 +192,7 @@ def _ordered(
 
 
 def _filtered(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """probs [R, C] with zeros where a filter drops a token; the likeliest always stays."""
+    """probs [R, C] with zeros for tokens dropped by a filter; the likeliest is always kept."""
     if any(p.top_k or p.top_p < 1 for p in params):
         rank = torch.arange(probs.shape[-1], device=probs.device)
         top_k = _column([p.top_k if 0 < p.top_k < len(rank) else math.inf for p in params], probs)[:, None]

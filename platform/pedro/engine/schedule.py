@@ -1,10 +1,10 @@
-"""What the scheduler keeps to and what it decides: limits, room for keys and values, a step's budget, a prefill in
-progress, one step.
+"""Inputs and outputs of the scheduler: limits, KV room, a step's budget, a prefill in progress, one step.
 
-How much a step may do while others wait, or may come, follows from what recent steps cost. A prompt cannot be read
-token by token, since its last token makes its vectors; but it can be read in chunks, layer by layer, between decode
-steps. A chunk is to last at most `stall` decode steps, by recent costs of both. A short step is one that a newcomer may
-find under way: it is to last at most `PATIENCE` of the time in which the newcomer's own prompt is read.
+How much a step may do while others wait, or may arrive, is derived from the costs of recent steps. A prompt cannot be
+read token by token, since its last token determines its vectors; but it can be read in chunks, layer by layer, between
+decode steps. A chunk should last at most `stall` decode steps, by recent costs of both. A short step is one that a
+newcomer may have to wait for: it should last at most `PATIENCE` of the time that reading the newcomer's own prompt
+takes.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 NEWS = 0.25  # weight of the newest measurement
 LEAST_TOKENS = 4
-LEAST_ROWS = 4  # of a short step: fewer hardly make it shorter, since every step reads all weights
-LONE_TOKENS = 512  # of a chunk beside which nobody makes a token
+LEAST_ROWS = 4  # in a short step: fewer would hardly make it shorter, since every step reads all weights
+LONE_TOKENS = 512  # of a chunk while no sequence decodes
 PATIENCE = 0.15
-SPARE = 16  # of so many blocks one may be left free by what starts beside others
+SPARE = 16  # newcomers leave one block in this many free for running sequences
 SHED = (
-    "the server's queue is full and most that waits in it is yours, so your newest request gave way to another "
+    "the server's queue is full, mostly of your requests, so your newest one was dropped in favour of another "
     "tenant's; try again later or send fewer at once"
 )
-PrefillGroup = tuple[Sequence, ...]  # share one prefill: the first is read, the others copy it
+PrefillGroup = tuple[Sequence, ...]  # these share one prefill: the first is read, the others copy it
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Bounds of the schedule. `prefill_tokens` is the most prompt work of one step, in tokens through all layers.
+    """Limits of the scheduler. `prefill_tokens` is the most prompt work per step, in tokens through all layers.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
-    For `head_room_s` after a tenant's last request capacity is reserved for its next one. Running sequences have
-    `kv_blocks` of `kv_block` tokens between them; a step may add `ahead` tokens to each beside the one that it makes.
+    For `head_room_s` after a tenant's last request, capacity is reserved for its next one. Running sequences share
+    `kv_blocks` blocks of `kv_block` tokens; a step may add up to `ahead` draft tokens to each beside the next one.
     """
 
     slots: int
@@ -49,14 +49,14 @@ class SchedulerLimits:
     max_waiting_per_tenant: int = 256
     preempt_after: int = 1024
     head_room_s: float = 10.0
-    weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 where not named
+    weights: dict[str, float] = field(default_factory=dict)  # a tenant's share; 1 if not listed
     kv_blocks: int = sys.maxsize
     kv_block: int = 16
     ahead: int = 0
 
     @classmethod
     def of(cls, config: EngineConfig, kv_blocks: int, kv_block: int) -> SchedulerLimits:
-        """Those of an engine with such a KV cache."""
+        """The limits of an engine with this KV cache."""
         return cls(
             slots=config.max_batch,
             kv_blocks=kv_blocks,
@@ -72,52 +72,52 @@ class SchedulerLimits:
 
 
 class KVRoom:
-    """Blocks of the KV cache: how many sequences with slots may use, and how many are left."""
+    """Accounting of KV blocks: how many sequences with slots may use, and how many are free."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self._blocks, self._block, self._ahead = limits.kv_blocks, limits.kv_block, limits.ahead
         self.used = 0
 
     def short(self, running: list[Sequence]) -> list[Sequence]:
-        """Those that may need more than they have."""
+        """Sequences that may need more blocks than they have."""
         step = 1 + self._ahead
         return [s for s in running if s.length + step > s.blocks * self._block and self._needs(s) > s.blocks]
 
     def growing(self, running: Iterable[Sequence]) -> int:
-        """How many may come to need more than they have."""
+        """How many sequences may come to need more blocks."""
         return sum(self._most(s) * s.width > s.blocks * self._block for s in running)
 
     def missing(self, sequence: Sequence, others: int = 0) -> int:
-        """How many blocks there are too few for the sequence to go on, or to start beside `others` that grow: a few
-        are left to these, which will want more soon."""
+        """How many blocks are missing for the sequence to continue, or to start beside `others` that grow: a few are
+        left to these, which will need more soon."""
         spare = min(others, max(1, self._blocks // SPARE))
         return self._needs(sequence) - sequence.blocks + spare - (self._blocks - self.used)
 
     def take(self, sequence: Sequence) -> None:
-        """The sequence starts, or goes on."""
+        """Reserve blocks: the sequence starts or continues."""
         more = max(0, self._needs(sequence) - sequence.blocks)
         sequence.blocks += more
         self.used += more
 
     def give_back(self, sequence: Sequence) -> None:
-        """It ends, or waits again."""
+        """Free its blocks: it ends or is preempted."""
         self.used -= sequence.blocks
         sequence.blocks = 0
 
     def _needs(self, sequence: Sequence) -> int:
-        """For what it has and the next step's tokens; beams, which never wait again, for all that they may come to. An
-        answer's last token is kept nowhere."""
+        """Blocks for its tokens and the next step's; for beams, which are never preempted, for all that they may
+        generate. An answer's last token is not stored."""
         most = self._most(sequence)
         tokens = most if sequence.width > 1 else min(most, sequence.length + 1 + self._ahead)
         return sequence.width * -(-tokens // self._block)
 
     def _most(self, sequence: Sequence) -> int:
-        """The tokens of one of its slots in the end."""
+        """The most tokens that one of its slots will have."""
         return len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1)
 
 
 class PrefillBudget:
-    """Running means of a decode step's seconds and of a prompt token's."""
+    """Moving averages of the seconds per decode step and per prompt token."""
 
     def __init__(self, stall: float) -> None:
         self._stall = stall
@@ -137,13 +137,13 @@ class PrefillBudget:
             self._token_s = _mean(self._token_s, seconds / tokens)
 
     def chunk_tokens(self, most: int) -> int:
-        """The next chunk: at most `most` tokens' worth, and that until both costs are known."""
+        """The size of the next chunk: at most `most` tokens' worth, and exactly that until both costs are known."""
         if self._step_s is None or not self._token_s:
             return most
         return max(LEAST_TOKENS, min(most, int(self._stall * self._step_s / self._token_s)))
 
     def keep_steps_short(self, scheduler: Scheduler) -> None:
-        """Tell the scheduler what fits into a short step, and what a step is worth, by what recent ones cost."""
+        """Set what fits into a short step, and what a step is worth, from recent costs."""
         prompt, limits = scheduler.newcomer_tokens, scheduler.limits
         if self._step_s is not None and self._token_s:
             scheduler.step_tokens = self._step_s / self._token_s
@@ -152,11 +152,11 @@ class PrefillBudget:
             scheduler.short_rows = self.short_rows(prompt, limits.slots)
 
     def short_tokens(self, prompt: float, most: int) -> int:
-        """The chunk of a short step, where prompts of newcomers have about `prompt` tokens."""
+        """The chunk of a short step, if newcomers' prompts have about `prompt` tokens."""
         return max(LEAST_TOKENS, min(most, int(PATIENCE * prompt)))
 
     def short_rows(self, prompt: float, most: int) -> int:
-        """The rows of a short step. As many as fit by what a row cost recently, which settles within a few steps."""
+        """The rows of a short step: as many as fit by their recent cost, which settles within a few steps."""
         if self._row_s is None or self._token_s is None:
             return most
         return max(LEAST_ROWS, min(most, int(PATIENCE * prompt * self._token_s / self._row_s)))
@@ -177,7 +177,7 @@ class PrefillProgress:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """A part of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
+    """A chunk of the prefill of `groups`: from `since` to `until` tokens' worth of work, through all layers."""
 
     groups: tuple[PrefillGroup, ...]
     since: int
@@ -195,9 +195,9 @@ class PrefillChunk:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """One step: at most one chunk of one prefill, and a token for running sequences, all or as many as fit now.
+    """One step: at most one chunk of one prefill, and a token for all running sequences or as many as fit.
 
-    Before all that the slots of `preempted` must be saved: each sequence still names the slots it lost.
+    First, the slots of `preempted` must be saved: each sequence still lists the slots it lost.
     """
 
     prefill: PrefillChunk | None

@@ -2,16 +2,16 @@
 
 Tenants are served fairly by virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
 OSDI 2024): a tenant's counter grows with the tokens it is given, and the tenant with the least is admitted next.
-A tenant that comes back after a pause starts at the lowest counter of the active ones, so idling earns no credit.
-Where no slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence
-waits again; at once where a tenant that holds less than its share meets one that holds more. None does where a slot
-comes free sooner than the sequence could be read again. The same goes for blocks of the KV cache; and where running
-sequences need more of these than there are, the youngest of the tenant that is most ahead wait again.
+A tenant that returns after a pause starts at the lowest counter of the active ones, so idling earns no credit. If no
+slot is free and a waiting tenant has fallen too far behind a running one, the latter's youngest sequence is preempted;
+immediately so if the waiting tenant has less than its share and the running one more. Nothing is preempted if a slot
+will be free sooner than the sequence could be read again. The same applies to blocks of the KV cache; and if running
+sequences need more blocks than there are, the youngest ones of the tenant that is furthest ahead are preempted.
 
-A tenant that asks for more than its share (`Shares.over`) makes room for the next request of others before it comes:
-some slots stay free, its steps are kept short, its prefills can be paused, and it sits out the prefills of others.
-Nothing of this happens to a tenant that is alone. No step costs more than a glance at the queues: tenants and
-sequences wait in heaps, and what waits for an adapter is parked until `unpark`.
+For a tenant that requests more than its share (`Shares.over`), capacity is reserved for the next request of others
+before it arrives: some slots stay free, its steps are kept short, its prefills can be paused, and it does not decode
+during the prefills of others. None of this applies to a lone tenant. Scheduling a step is cheap: tenants and sequences
+wait in heaps, and sequences that wait for an adapter are parked until `unpark`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pedro.engine.victims import SOON, Room, to_grow, to_start
 from pedro.errors import OverloadedError, RateLimitError
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
-NEWS = 0.25  # weight of the newest prompt in the mean of their lengths
+NEWS = 0.25  # weight of the newest prompt in the moving average of lengths
 MAX_PREFILLS = 2  # one in progress, and one that is paused
 
 
@@ -49,24 +49,24 @@ class Scheduler:
         self._parked: dict[str, list[Sequence]] = {}  # by the adapter they wait for
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._order = itertools.count()
-        self._free = list(range(limits.slots))  # a heap: low slots first keeps the running set dense
+        self._free = list(range(limits.slots))  # a heap: assigning low slots first keeps the running set dense
         self.kv = KVRoom(limits)
         self._prefills: list[PrefillProgress] = []  # the last is in progress; one before it is paused
         self._steps = 0
-        self._sat_out = False  # whether tenants over their share made no token in the last step
-        self.newcomer_tokens: float | None = None  # running mean of the prompts for which capacity is reserved
-        # the engine lowers these while others wait, by what steps cost
-        self.chunk_tokens = limits.prefill_tokens  # of a prefill beside running sequences
-        self.lone_tokens = limits.prefill_tokens  # of one beside which nobody makes a token
+        self._sat_out = False  # whether tenants over their share were skipped in the last step
+        self.newcomer_tokens: float | None = None  # average prompt length for which capacity is reserved
+        # the engine lowers these while others wait, from measured costs
+        self.chunk_tokens = limits.prefill_tokens  # per step, of a prefill beside running sequences
+        self.lone_tokens = limits.prefill_tokens  # of one while no sequence decodes
         self.short_tokens = limits.prefill_tokens  # of one in a short step
-        self.short_rows = limits.slots  # slots that a short step decodes
-        self.step_tokens = math.inf  # prompt tokens that are read in the time of a decode step
+        self.short_rows = limits.slots  # slots decoded in a short step
+        self.step_tokens = math.inf  # prompt tokens that can be read in the time of a decode step
 
     def add(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Queue the sequences of one request, all or none. Gives those that must end now to make room for them:
-        where the server's queue is full, whole requests from the end of the longest queue of a tenant.
+        """Queue the sequences of one request, all or none. Returns sequences that must end to make room for them: if
+        the server's queue is full, whole requests from the end of the longest tenant's queue.
 
-        Raises RateLimitError where the tenant's own queue is full, OverloadedError where the server's is.
+        Raises RateLimitError if the tenant's own queue is full, OverloadedError if the server's is.
         """
         name, count = sequences[0].request.tenant, len(sequences)
         tenant = self._tenants.get(name)
@@ -98,7 +98,7 @@ class Scheduler:
         return shed
 
     def schedule(self, admit: Callable[[Sequence], bool]) -> SchedulerOutput:
-        """The next step. `admit(sequence)` says whether its adapter can be used now, and if so holds on to it, once."""
+        """The next step. `admit(sequence)` says whether its adapter is ready, and if so acquires it once."""
         self._shares.forget()
         self._steps += 1
         preempted = self._go_on()
@@ -109,7 +109,7 @@ class Scheduler:
         return self._plan(tuple(preempted))
 
     def unpark(self) -> None:
-        """Adapters came or went: all that wait for one are looked at again."""
+        """Adapters were loaded or removed: reconsider all sequences that wait for one."""
         parked, self._parked = self._parked, {}
         for sequences in parked.values():
             for sequence in sequences:
@@ -117,7 +117,7 @@ class Scheduler:
                     self._make_ready(sequence)
 
     def prefilled(self, groups: tuple[PrefillGroup, ...]) -> None:
-        """The prefill of `groups` ended: those not finished meanwhile run, the slots of the others are free."""
+        """The prefill of `groups` ended: unfinished sequences run, the slots of the others are freed."""
         ended = self._prefills.pop()
         assert ended.groups is groups, "prefills end inside out"
         for sequence in itertools.chain.from_iterable(groups):
@@ -133,7 +133,7 @@ class Scheduler:
         tenant.counter += tokens * ANSWER_WEIGHT / tenant.weight
 
     def finish(self, sequence: Sequence) -> None:
-        """Take the sequence out, wherever it is. Its slots are free at once, or when the prefill it is part of ends."""
+        """Remove the sequence in any state. Its slots are free at once, or when the prefill it is part of ends."""
         was = sequence.state
         sequence.to(SequenceState.FINISHED)
         self._shares.go(self._of(sequence), sequence.width)
@@ -144,8 +144,8 @@ class Scheduler:
             self._leave(sequence)
 
     def expired(self, now: float) -> Iterator[Sequence]:
-        """The unfinished sequences whose deadline has passed; each is given once."""
-        if len(self._deadlines) > 4 * (self.num_waiting + self.limits.slots):  # mostly of sequences long finished
+        """The unfinished sequences whose deadline has passed; each is returned once."""
+        if len(self._deadlines) > 4 * (self.num_waiting + self.limits.slots):  # mostly finished sequences
             self._deadlines = [entry for entry in self._deadlines if entry[2].state is not SequenceState.FINISHED]
             heapq.heapify(self._deadlines)
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -154,11 +154,11 @@ class Scheduler:
                 yield sequence
 
     def next_deadline(self) -> float | None:
-        """When the next deadline falls, on the monotonic clock."""
+        """The next deadline, on the monotonic clock."""
         return self._deadlines[0][0] if self._deadlines else None
 
     def waiting_for(self, adapter: str) -> list[Sequence]:
-        """The sequences that wait with this adapter, of every tenant."""
+        """The waiting sequences with this adapter, of every tenant."""
         ready = (entry[-1] for tenant in self._tenants.values() for entry in tenant.ready)
         candidates = itertools.chain(ready, self._parked.get(adapter, ()))
         return list(dict.fromkeys(s for s in candidates if s.state is SequenceState.WAITING and s.awaits == adapter))
@@ -172,7 +172,7 @@ class Scheduler:
         return len(self._free)
 
     def _go_on(self) -> list[Sequence]:
-        """Give running sequences the blocks that the next step needs; those that must wait again for want of some."""
+        """Reserve the blocks that running sequences need for the next step; returns those that must be preempted."""
         preempted: list[Sequence] = []
         for sequence in self.kv.short(self.running):
             while sequence.blocks and self.kv.missing(sequence) > 0:
@@ -183,21 +183,22 @@ class Scheduler:
         return preempted
 
     def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[PrefillGroup, ...]:
-        """Start what the slots and the prefill budget allow, the tenant with the least counter first.
+        """Start what slots and prefill budget allow, the tenant with the lowest counter first.
 
-        What needs more slots than are free keeps its turn: others do not pass it, so that it starts in the end. But a
-        tenant over its share that runs already lets others pass until they are `preempt_after` ahead of it.
+        A sequence that needs more slots than are free keeps its turn and is not overtaken, so that it eventually
+        starts. But a tenant over its share that already runs is overtaken by others until they are `preempt_after`
+        ahead of it.
         """
         groups: list[PrefillGroup] = []
         tokens = 0
         passed: list[Tenant] = []
-        over = False  # whether these groups are of tenants over their share: the two kinds are never read together
+        over = False  # whether these groups' tenants are over their share: the two kinds never share a prefill
         while (tenant := self._turns.least()) is not None:
             head = tenant.ready[0][-1]
             if passed and tenant.counter > passed[0].counter + self.limits.preempt_after:
                 break
             if head.awaits in self._parked or (head.width > 1 and not admit(head)):
-                self._park(tenant)  # what needs many slots holds up nobody before its adapter is there
+                self._park(tenant)  # it must not block others before its adapter is loaded
                 continue
             if head in preempted or (groups and tokens + head.length > self.limits.prefill_tokens):
                 break
@@ -223,8 +224,8 @@ class Scheduler:
         return tuple(groups)
 
     def _may_interrupt(self, tenant: Tenant, head: Sequence) -> bool:
-        """Whether the prefill in progress, if any, may be paused for that of `head`: it is of tenants over their
-        share, or twice as long."""
+        """Whether the prefill in progress, if any, may be paused for that of `head`: its tenants are over their share,
+        or it is twice as long."""
         if not self._prefills:
             return True
         under_way = self._prefills[-1]
@@ -235,15 +236,15 @@ class Scheduler:
         return favoured or 2 * head.length <= under_way.tokens - under_way.done
 
     def _must_leave_room(self, tenant: Tenant) -> bool:
-        """Whether free slots are kept from the tenant for the sake of others. Whoever runs nothing may take any."""
+        """Whether some free slots are reserved from this tenant for others. A tenant that runs nothing may use any."""
         return tenant.running > 0 and self._shares.over(tenant)
 
     def _room(self, tenant: Tenant) -> int:
-        """The free slots that the tenant may take."""
+        """The number of free slots that the tenant may use."""
         return len(self._free) - (self._shares.head_room if self._must_leave_room(tenant) else 0)
 
     def _start(self, tenant: Tenant, head: Sequence, admit: Callable[[Sequence], bool]) -> PrefillGroup:
-        """Give slots to `head`, and to its siblings that can share its prefill as far as there are some."""
+        """Assign slots to `head`, and to those siblings that can share its prefill, while there are any."""
         group = [head]
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
@@ -252,7 +253,7 @@ class Scheduler:
             if fresh and room and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
-        if not head.resumes:  # a preempted one pays for its prompt once
+        if not head.resumes:  # a preempted sequence is charged for its prompt once
             tenant.counter += head.unread * PROMPT_WEIGHT / tenant.weight
             if not self._shares.over(tenant):
                 mean = self.newcomer_tokens or head.unread
@@ -267,9 +268,9 @@ class Scheduler:
         sequence.to(SequenceState.PREFILLING)
 
     def _victims(self, tenant: Tenant, head: Sequence) -> list[Sequence] | None:
-        """The running sequences that must make room for `head`; None if there are not as many.
+        """The running sequences to preempt for `head`; None if there are not enough.
 
-        Of tenants that are far ahead; or, where `tenant` stays within its share, of those that hold more than theirs.
+        Of tenants that are far ahead; or, if `tenant` is within its share, of those that exceed theirs.
         """
         slots = head.width - len(self._free)
         if slots <= 0 and self.kv.missing(head, self.kv.growing(self.running)) <= 0:
@@ -289,7 +290,7 @@ class Scheduler:
         return None if victims is None or self._ends_before(room, victims) else victims
 
     def _ends_before(self, room: Room, victims: list[Sequence]) -> bool:
-        """Whether as many slots and blocks come free by themselves before the victims could be read again."""
+        """Whether enough slots and blocks will be free before the victims could be read again."""
         again = sum(victim.length for victim in victims)
         return room.there(
             [s for s in self.running if s.tokens_left <= SOON and s.tokens_left * self.step_tokens <= again]
@@ -302,8 +303,8 @@ class Scheduler:
         self._queue(sequence)
 
     def _plan(self, preempted: tuple[Sequence, ...]) -> SchedulerOutput:
-        """The step. Those over their share sit out the prefill of one that is not, though never two steps running,
-        and where others are about they get short steps: a few rows in turn, or a part of a prefill."""
+        """The step. Tenants over their share do not decode during the prefill of one that is not, though never for two
+        consecutive steps; while others are active they get short steps: a few rows in turn, or part of a prefill."""
         prefill = self._prefills[-1] if self._prefills else None
         holding = {self._of(sequence) for sequence in self.running}.union(*(p.tenants for p in self._prefills))
         over = {tenant for tenant in holding if self._shares.over(tenant)}
@@ -333,7 +334,7 @@ class Scheduler:
         return SchedulerOutput(part, tuple(rows), preempted)
 
     def _in_turn(self, sequences: list[Sequence], others: int) -> list[Sequence]:
-        """As many as a short step can take beside `others`, those that have waited longest for a token first."""
+        """As many as fit into a short step beside `others`, those that waited longest for a token first."""
         room = max(1, self.short_rows - others)
         chosen: list[Sequence] = []
         for sequence in sorted(sequences, key=attrgetter("stepped")):
@@ -347,8 +348,8 @@ class Scheduler:
         return self._tenants[sequence.request.tenant]
 
     def _forget_idle(self) -> None:
-        """Nobody waits or runs: counters start again, and only recently seen tenants are remembered."""
-        self._turns.least()  # drops all, so that no entry has an old counter
+        """Nothing waits or runs: reset counters, and keep only recently seen tenants."""
+        self._turns.least()  # drops all entries, which have old counters
         self._tenants = dict(self._shares.active)
         for tenant in self._tenants.values():
             tenant.counter = 0.0
@@ -365,14 +366,14 @@ class Scheduler:
         self._turns.add(tenant)
 
     def _park(self, tenant: Tenant) -> None:
-        """Set the tenant's oldest sequence aside until adapters came or went."""
+        """Set the tenant's oldest sequence aside until adapters are loaded or removed."""
         sequence = heapq.heappop(tenant.ready)[-1]
         adapter = sequence.awaits
-        assert adapter is not None, "only an adapter can be waited for"
+        assert adapter is not None, "sequences only wait for adapters"
         self._parked.setdefault(adapter, []).append(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        """A waiting sequence ended. Queues are cleaned once most of what they hold has."""
+        """A waiting sequence ended. Queues are cleaned once most of their entries have ended."""
         tenant = self._of(sequence)
         self._count_waiting(tenant, -1)
         parked = self._parked.get(sequence.awaits or "", [])
@@ -383,7 +384,7 @@ class Scheduler:
         tenant.tidy()
 
     def _leave(self, sequence: Sequence) -> None:
-        """The sequence runs no more: its slots are free. It still names them, so that they can be saved."""
+        """The sequence no longer runs: its slots are free. It still lists them, so that they can be saved."""
         self._shares.hold(self._of(sequence), -sequence.width)
         self.kv.give_back(sequence)
         for slot in sequence.slots:

@@ -1,7 +1,7 @@
-"""A request, the sequences it becomes, and the outputs they give.
+"""A request, its sequences and their outputs.
 
 Every change of a sequence's state goes through `Sequence.to`, which holds the whole state machine:
-waiting → prefilling → running → finished, finished from anywhere, and waiting again where it is preempted.
+waiting → prefilling → running → finished; finished from any state, and back to waiting when preempted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_STOPS = 16
 MAX_BEAMS = 64
 POOLINGS = ("last", "mean")
 NOTHING: frozenset[int] = frozenset()
-MIN_TURN_TOKENS = 16  # that a sequence makes before it may be preempted (again)
+MIN_TURN_TOKENS = 16  # that a sequence generates before it may be preempted (again)
 
 
 def _require(good: bool, name: str, expected: str, value: object) -> None:
@@ -42,12 +42,12 @@ def _require(good: bool, name: str, expected: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. Raises PedroError naming the field that is out of range.
+    """How tokens are sampled and when to stop. Raises PedroError naming the field that is out of range.
 
-    Temperature 0 is greedy. `max_tokens=None` means whatever room the context leaves. Log-probabilities are the
-    model's own, before penalties and temperature. With `num_beams` above 1 the answers are those of beam search with
-    transformers' meaning of `length_penalty` and `early_stopping`, and come whole when all are done. With `pooling`
-    nothing is made but the prompt's embedding: its last hidden state, of the last token or the mean of all.
+    Temperature 0 is greedy. `max_tokens=None` means as many as the context allows. Log-probabilities are the model's
+    own, before penalties and temperature. With `num_beams` above 1 the answers come from beam search, with
+    transformers' meaning of `length_penalty` and `early_stopping`, and are returned when all are done. With `pooling`
+    only the prompt's embedding is computed: its last hidden state, of the last token or the mean over all.
     """
 
     max_tokens: int | None = None
@@ -63,8 +63,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    min_tokens: int = 0  # until then no stop token can be chosen, and stop texts end nothing
-    logprobs: int | None = None  # how many alternatives beside the chosen token
+    min_tokens: int = 0  # until then stop tokens cannot be sampled, and stop texts are ignored
+    logprobs: int | None = None  # how many alternatives besides the sampled token
     prompt_logprobs: int | None = None
     pooling: str | None = None  # "last" or "mean"
     num_beams: int = 1
@@ -104,27 +104,27 @@ class SamplingParams:
 
     @cached_property
     def penalised(self) -> bool:
-        """Whether scores are anything but the model's own."""
+        """Whether scores differ from the model's own."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     @cached_property
     def plain(self) -> bool:
-        """Whether a token is the model's likeliest and nothing else is asked of the logits."""
+        """Whether each token is the model's likeliest and the logits are not needed otherwise."""
         return self.temperature == 0 and self.logprobs is None and not self.penalised
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call: a prompt, an adapter and how to sample. `n` answers are sampled apart, indexed 0 to n-1; with beams
-    they are the best n of `num_beams`, best first.
+    """One call: a prompt, an adapter and how to sample. `n` answers are sampled independently, indexed 0 to n-1; with
+    beams they are the best n of `num_beams`, best first.
 
-    `adapter` is the ref handed to the engine's `load` (None: the bare backbone); it must name one immutable version.
-    `conditioning_length` is how many leading prompt tokens the vectors may see (None: the whole prompt).
-    `apart` makes an answer's text what it is alone, as chat's answers were taught; else it continues the prompt's,
-    with the space that some tokenizers put between. `resumed_ids` are answer tokens made before a failover: they are
-    not conditioned on nor sent again, and sampling continues at the position after them. `deadline_s` counts from
-    arrival. `new_mask` begins the mask of one answer's tokens; where there is one, nothing but the mask may say what
-    ends an answer early: neither `min_tokens`, `ignore_eos` nor beams.
+    `adapter` is the ref passed to the engine's `load` (None: the bare backbone); it must name one immutable version.
+    `conditioning_length` is how many leading prompt tokens condition the vectors (None: the whole prompt).
+    `apart` decodes an answer on its own, as chat answers are trained; else its text continues the prompt's, with the
+    space that some tokenizers put in between. `resumed_ids` are answer tokens generated before a failover: they do not
+    condition the vectors, are not sent again, and sampling continues at the position after them. `deadline_s` counts
+    from arrival. `new_mask` creates the mask of one answer's tokens; with a mask, nothing else may decide what ends an
+    answer early: neither `min_tokens`, `ignore_eos` nor beams.
     """
 
     id: str
@@ -138,7 +138,7 @@ class Request:
     n: int = 1
     resumed_ids: tuple[int, ...] = ()
     new_mask: Callable[[], TokenMask] | None = None
-    cache_salt: str = ""  # prompts of one tenant share what was read of them only where their salts are equal
+    cache_salt: str = ""  # prompts share a cached prefix only if their salts are equal
 
     def __post_init__(self) -> None:
         _require(len(self.prompt_ids) > 0, "prompt", "at least one token", self.prompt_ids)
@@ -157,7 +157,7 @@ class Request:
 
     @property
     def text_before(self) -> list[int]:
-        """The tokens whose text the answer's text continues."""
+        """The tokens after which the answer's text is decoded."""
         return [] if self.apart else self.prompt_ids
 
 
@@ -172,7 +172,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds since arrival: `queue_s` until prefill began, `first_token_s` until the first token, `total_s` now."""
+    """Seconds since arrival: `queue_s` until prefill began, `first_token_s` until the first token, `total_s` so far."""
 
     queue_s: float
     first_token_s: float
@@ -181,11 +181,11 @@ class Timing:
 
 @dataclass(slots=True)
 class Output:
-    """What one step gave one answer. `text` may lag `token_ids` while a character or a stop text is incomplete.
+    """One step's output for one answer. `text` may lag behind `token_ids` while a character or stop text is incomplete.
 
     The last Output of an answer has `finish_reason` ("stop", "length", "cancelled" or "error") and `timing`;
-    `error` is set with "error" only. Its `prompt_tokens` are 0 where the prompt was never read. `prompt_logprobs` comes
-    once, first entry None. `embedding` is [D] in little-endian float32, of length 1, where `pooling` asks for it.
+    `error` is set with "error" only. Its `prompt_tokens` are 0 if the prompt was never read. `prompt_logprobs` is set
+    once, first entry None. `embedding` is [D] in little-endian float32, of length 1, if `pooling` is set.
     """
 
     request_id: str
@@ -196,7 +196,7 @@ class Output:
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of those, how many had been read before
+    cached_tokens: int = 0  # of these, found in the prefix cache
     completion_tokens: int = 0
     error: PedroError | None = None
     timing: Timing | None = None
@@ -204,7 +204,7 @@ class Output:
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is in its life."""
+    """State of a sequence."""
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
@@ -221,9 +221,9 @@ _NEXT = {
 
 
 class Sequence:
-    """One answer in the making: tokens so far, its slot in the KV cache, its text."""
+    """One answer being generated: tokens so far, its slot in the KV cache, its text."""
 
-    width = 1  # slots that it takes
+    width = 1  # slots that it needs
 
     def __init__(
         self, request: Request, index: int, max_tokens: int, tokenizer: TokenDecoder, eos_ids: frozenset[int]
@@ -234,22 +234,22 @@ class Sequence:
         self.seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
         self.max_tokens = max_tokens
         self.state = SequenceState.WAITING
-        self.order = -1  # its place among all arrivals; kept when it waits again
-        self.slots: list[int] = []  # of the KV cache, while it has them; `slot` is the first
+        self.order = -1  # order of arrival; kept when preempted
+        self.slots: list[int] = []  # of the KV cache, while it runs; `slot` is the first
         self.slot = -1
-        self.blocks = 0  # of the KV cache that it may use, while it has slots
+        self.blocks = 0  # of the KV cache reserved for it, while it has slots
         self.siblings: tuple[Sequence, ...] = ()  # the other answers to the same request
-        self.prompt_in: Sequence | None = None  # the sibling whose slot holds the prompt until this one's own does
-        self.lends_to: list[Sequence] = []  # the other way round
-        self.preempted_state: PreemptedState | None = None  # what the runner saved of it
-        self.reuse: Reuse | None = None  # with whom it may share what is read of it
-        self.prefix: Prefix | None = None  # what its next prefill begins with, until its slot holds that
-        self.num_cached = 0  # tokens of it, until that prefill ends
-        self.cached_tokens = 0  # of its prompt, those that had been read before; the same for all answers to a request
-        self.resumes = False  # whether it ran before: its vectors are made, its prompt is given out
-        self.prompt_read = False  # for this answer or another to the same request: it is counted
-        self.drafting: DraftHistory | None = None  # what its drafts are made from
-        self.stepped = 0  # the last step that it was decoded in
+        self.prompt_in: Sequence | None = None  # the sibling whose slot has the prompt until it is copied to this one's
+        self.lends_to: list[Sequence] = []  # siblings whose `prompt_in` is this one
+        self.preempted_state: PreemptedState | None = None  # saved by the runner
+        self.reuse: Reuse | None = None  # who may reuse its prefix
+        self.prefix: Prefix | None = None  # cached prefix of its next prefill, until copied to its slot
+        self.num_cached = 0  # tokens of `prefix`, until that prefill ends
+        self.cached_tokens = 0  # prompt tokens found in the cache; the same for all answers to a request
+        self.resumes = False  # whether it ran before: its vectors exist, its prompt was reported
+        self.prompt_read = False  # and counted, for this answer or another to the same request
+        self.drafting: DraftHistory | None = None  # source of its drafts
+        self.stepped = 0  # the last step that decoded it
         self.turn_length = 0  # tokens of answer when it last started
         self.output_ids: list[int] = list(request.resumed_ids)
         self.arrived = time.monotonic()
@@ -260,35 +260,35 @@ class Sequence:
             frozenset() if request.params.ignore_eos else eos_ids
         )
         self._text = Detokenizer(tokenizer, request.text_before, request.params.stop, request.params.min_tokens)
-        self._mask: TokenMask | None = None  # made when it runs: masks take memory, and many requests wait
-        self.fault: PedroError | None = None  # why the mask could not say what may come next
+        self._mask: TokenMask | None = None  # created when it runs: masks take memory, and many requests wait
+        self.fault: PedroError | None = None  # why the mask failed
         for token_id in request.resumed_ids:
             self._text.add(token_id)
 
     @property
     def barred(self) -> frozenset[int]:
-        """The tokens that cannot be chosen next, since they would end the answer before `min_tokens`."""
+        """Tokens that cannot be sampled next, since they would end the answer before `min_tokens`."""
         return self.stop_ids if len(self.output_ids) < self.params.min_tokens else NOTHING
 
     @property
     def plain(self) -> bool:
-        """Whether its next token is the model's likeliest, whatever that is."""
+        """Whether its next token is simply the model's likeliest."""
         return self.params.plain and not self.barred and self.request.new_mask is None
 
     @property
     def shaped(self) -> bool:
-        """Whether its next token is the likeliest of those that its mask lets through."""
+        """Whether its next token is the likeliest that its mask allows."""
         return self.params.plain and not self.barred and self.request.new_mask is not None
 
     def lets(self, token_id: int) -> bool:
-        """Whether its mask is known to let this token through; what goes wrong `mask_bits` says."""
+        """Whether its mask is known to allow this token; errors are reported by `mask_bits`."""
         try:
             return self._begun_mask().lets(token_id)
         except PedroError:
             return False
 
     def mask_bits(self) -> torch.Tensor | None:
-        """Which tokens may come next (`TokenMask.bits`); None for all. Sets `fault` where it cannot be told."""
+        """Which tokens may come next (`TokenMask.bits`); None for all. Sets `fault` if the mask fails."""
         if self.request.new_mask is None:
             return None
         try:
@@ -299,7 +299,7 @@ class Sequence:
 
     def _begun_mask(self) -> TokenMask:
         if self._mask is None:
-            assert self.request.new_mask is not None, "asked for only where the answer has a shape"
+            assert self.request.new_mask is not None, "only called if the answer has a shape"
             self._mask = self.request.new_mask()
             for token_id in self.request.resumed_ids:
                 self._mask.accept(token_id)
@@ -307,7 +307,7 @@ class Sequence:
 
     @property
     def prefill_ids(self) -> list[int]:
-        """The tokens that the KV cache must hold before the next one can be sampled."""
+        """The tokens that must be in the KV cache before the next one can be sampled."""
         return [*self.request.prompt_ids, *self.output_ids] if self.output_ids else self.request.prompt_ids
 
     @property
@@ -317,27 +317,27 @@ class Sequence:
 
     @property
     def unread(self) -> int:
-        """Tokens that its prefill has to read."""
+        """Tokens that its prefill must read."""
         return self.length - self.num_cached
 
     @property
     def conditioning_length(self) -> int:
-        """How many leading tokens the vectors may see: never a token of the answer."""
+        """How many leading tokens condition the vectors: never a token of the answer."""
         return self.request.conditioning_length or len(self.request.prompt_ids)
 
     @property
     def awaits(self) -> str | None:
-        """The adapter that must be resident before this can start; None where there is none, or its work is done."""
+        """The adapter that must be resident before this can start; None if there is none or it is no longer needed."""
         return None if self.resumes else self.request.adapter
 
     @property
     def tokens_left(self) -> int:
-        """How many tokens it may still make."""
+        """How many more tokens it may generate."""
         return self.max_tokens - len(self.output_ids)
 
     @property
     def preemptible(self) -> bool:
-        """Whether it has run long enough since it last started for a preemption to be worth its price."""
+        """Whether it has run long enough since its last start for a preemption to be worth its cost."""
         return len(self.output_ids) - self.turn_length >= MIN_TURN_TOKENS
 
     def to(self, state: SequenceState) -> None:
@@ -349,12 +349,12 @@ class Sequence:
         self.state = state
 
     def take(self, slots: list[int]) -> None:
-        """Hold these slots from here on."""
+        """Assign these slots."""
         self.slots, self.slot = slots, slots[0]
         self.turn_length = len(self.output_ids)
 
     def count_prompt(self) -> int:
-        """The tokens of the prompt, which was just read: once for all answers to a request, 0 from then on."""
+        """The tokens of the prompt just read: reported once for all answers to a request, then 0."""
         if self.prompt_read:
             return 0
         for sequence in (self, *self.siblings):
@@ -362,7 +362,7 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     def append(self, token_id: int) -> tuple[str, str | None]:
-        """Take a sampled token. Returns the text that became certain and the finish reason, if this ends it."""
+        """Append a sampled token. Returns the text that became final and the finish reason, if it ends the answer."""
         self.output_ids.append(token_id)
         if self.first_token is None:
             self.first_token = time.monotonic()
@@ -382,7 +382,7 @@ class Sequence:
         return [self.output(self.index, len(self.output_ids), finish_reason, **fields)]
 
     def output(self, index: int, completion_tokens: int, finish_reason: str, **fields: Any) -> Output:
-        """A last Output with its counts and timing."""
+        """A final Output with its counts and timing."""
         now = time.monotonic()
         began, first = self.started or now, self.first_token or now
         return Output(

@@ -1,8 +1,8 @@
-"""Which tenants are active, what each one's share of the slots is, and who asks for more.
+"""Which tenants are active, the share of slots of each, and which exceed it.
 
-A tenant is active while it asks for anything and for `head_room_s` after. Where several are, one that asks for more
-slots than its share, and for more than a few, is `over`: capacity for the others' next requests is reserved at its
-expense. A lone tenant is not.
+A tenant is active while it has requests and for `head_room_s` after. If several are active, one that requests more
+slots than its share, and more than a few, is `over`: capacity for the others' next requests is reserved at its expense.
+A lone tenant never is.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from collections.abc import Callable, Iterable
 
 from pedro.engine.sequence import Sequence, SequenceState
 
-FEW = 4  # a tenant that asks for up to this part of all slots is no flood, however many tenants share them
+FEW = 4  # requests for up to 1/FEW of all slots are never over, however many tenants share them
 
 
 class Tenant:
-    """One tenant's counter, how many of its sequences wait and run, and those that can start now, oldest first."""
+    """One tenant's counter, how many of its sequences wait and run, and those ready to start, oldest first."""
 
     def __init__(self, name: str, weight: float) -> None:
         self.name = name
         self.weight = weight
         self.counter = 0.0
         self.waiting = 0
-        self.running = 0  # slots that it holds, in a prefill or after
-        self.asked = 0  # slots that all its unfinished sequences take
-        self.seen = 0.0  # when it last asked, or had anything unfinished
-        self.was_over: float | None = None  # when it last asked for more than its share
-        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; what no longer waits is skipped
-        self.requests: list[list[Sequence]] = []  # those that may not have begun, by arrival
-        self.has_turn = False  # whether it stands in the heap of turns
+        self.running = 0  # slots in use, during and after prefill
+        self.asked = 0  # slots that all its unfinished sequences need
+        self.seen = 0.0  # when it last sent a request or had one unfinished
+        self.was_over: float | None = None  # when it was last over its share
+        self.ready: list[tuple[int, int, Sequence]] = []  # a heap; entries that no longer wait are skipped
+        self.requests: list[list[Sequence]] = []  # those that may not have started, by arrival
+        self.has_turn = False  # whether it is in the heap of turns
         self.has_floor = False  # and in that of floors
 
     def drop_gone(self) -> bool:
-        """Take what no longer waits from the top of the queue; whether anything is left in it."""
+        """Drop entries that no longer wait from the top of the queue; returns whether any are left."""
         while self.ready and self.ready[0][-1].state is not SequenceState.WAITING:
             heapq.heappop(self.ready)
         return bool(self.ready)
 
     def take_newest_request(self) -> list[Sequence] | None:
-        """Take the newest request of which nothing has begun off the list; None where there is none."""
+        """Pop the newest request that has not started; None if there is none."""
         while self.requests:
             request = self.requests.pop()
             if untouched(request):
@@ -49,7 +49,7 @@ class Tenant:
         return None
 
     def tidy(self) -> None:
-        """Forget what has ended or begun, once that is most of what is held."""
+        """Drop requests that have ended or started, once these are most of the list."""
         if len(self.ready) > 2 * self.waiting + 16:
             self.ready = [entry for entry in self.ready if entry[-1].state is SequenceState.WAITING]
             heapq.heapify(self.ready)
@@ -58,13 +58,13 @@ class Tenant:
 
 
 def untouched(request: list[Sequence]) -> bool:
-    """Whether all of the request waits and none of it ever ran."""
+    """Whether all sequences of the request wait and none has ever run."""
     return all(sequence.state is SequenceState.WAITING and not sequence.resumes for sequence in request)
 
 
 def newest_of_longest(tenants: Iterable[Tenant], missing: int, load: float) -> list[Sequence] | None:
     """`missing` waiting sequences to end, or a few more: the newest requests of the tenants with the longest queues by
-    their weights, as long as those are longer than `load`. Nothing that ever ran. None where there are not as many."""
+    weight, as long as those are longer than `load`. Never one that has run. None if there are not enough."""
     queues = [(-tenant.waiting / tenant.weight, at, tenant) for at, tenant in enumerate(tenants)]
     heapq.heapify(queues)
     taken: list[tuple[Tenant, list[Sequence]]] = []
@@ -83,7 +83,7 @@ def newest_of_longest(tenants: Iterable[Tenant], missing: int, load: float) -> l
 
 
 class ByCounter:
-    """Tenants by their counters, each once. Counters only grow, so an entry is put right when it comes up."""
+    """Tenants by counter, each once. Counters only grow, so a stale entry is corrected when it reaches the top."""
 
     def __init__(self, flag: str, keep: Callable[[Tenant], bool]) -> None:
         self._flag, self._keep = flag, keep
@@ -96,7 +96,7 @@ class ByCounter:
             heapq.heappush(self._heap, (tenant.counter, next(self._ties), tenant))
 
     def least(self) -> Tenant | None:
-        """The tenant with the least counter; those that `keep` refuses are dropped on the way."""
+        """The tenant with the lowest counter; tenants rejected by `keep` are dropped."""
         while self._heap:
             counter, _, tenant = self._heap[0]
             if not self._keep(tenant):
@@ -108,40 +108,40 @@ class ByCounter:
         return None
 
     def take_least(self) -> Tenant:
-        """Take out the one that `least` gave."""
+        """Remove the tenant that `least` returned."""
         tenant = heapq.heappop(self._heap)[-1]
         setattr(tenant, self._flag, False)
         return tenant
 
 
 class Shares:
-    """The active tenants, and the slots that each may count on."""
+    """The active tenants, and each one's share of the slots."""
 
     def __init__(self, slots: int, head_room_s: float, clock: Callable[[], float]) -> None:
-        self.active: OrderedDict[str, Tenant] = OrderedDict()  # by when they were last seen
+        self.active: OrderedDict[str, Tenant] = OrderedDict()  # least recently seen first
         self._slots, self._head_room_s, self._clock = slots, head_room_s, clock
-        self._holding = 0  # how many of them hold a slot
+        self._holding = 0  # how many of them use a slot
         self._weights = 0.0
 
     def come(self, tenant: Tenant, slots: int) -> None:
-        """The tenant asks for `slots` more."""
+        """The tenant requests `slots` more."""
         tenant.asked += slots
         self._see(tenant)
         if self.over(tenant):
             tenant.was_over = tenant.seen
 
     def go(self, tenant: Tenant, slots: int) -> None:
-        """Work of the tenant that took `slots` has ended."""
+        """A request of the tenant for `slots` has ended."""
         tenant.asked -= slots
         self._see(tenant)
 
     def hold(self, tenant: Tenant, slots: int) -> None:
-        """The tenant takes slots, or gives them back where `slots` is below 0."""
+        """The tenant takes slots, or releases them if `slots` is negative."""
         before, tenant.running = tenant.running, tenant.running + slots
         self._holding += bool(tenant.running) - bool(before)
 
     def forget(self) -> None:
-        """Drop those that have asked for nothing for long enough."""
+        """Drop tenants that have been idle for long enough."""
         limit = self._clock() - self._head_room_s
         while self.active and (tenant := next(iter(self.active.values()))).seen < limit:
             if tenant.asked or tenant.running:
@@ -151,15 +151,15 @@ class Shares:
                 self._weights = self._weights - tenant.weight if self.active else 0.0
 
     def of(self, tenant: Tenant) -> float:
-        """How many slots the tenant may count on; never less than one."""
+        """The tenant's share of slots; never less than one."""
         return max(1.0, self._slots * tenant.weight / self._weights) if self._weights else float(self._slots)
 
     def over(self, tenant: Tenant) -> bool:
-        """Whether the tenant asks for more than its share while others are active, and for more than a few slots."""
+        """Whether the tenant requests more than its share while others are active, and more than a few slots."""
         return len(self.active) > 1 and tenant.asked > max(self.of(tenant), self._slots // FEW)
 
     def others_about(self) -> bool:
-        """Whether a tenant that has not been over its share lately asks for something, or may any moment."""
+        """Whether a tenant that was not recently over its share has requests, or may send one any moment."""
         since = self._clock() - self._head_room_s
         return any(
             (tenant.was_over is None or tenant.was_over < since) and not self.over(tenant)
@@ -168,7 +168,7 @@ class Shares:
 
     @property
     def head_room(self) -> int:
-        """Slots to keep free: one for each active tenant that holds none, up to a quarter of all."""
+        """Slots to keep free: one for each active tenant without any, up to a quarter of all."""
         return min(len(self.active) - self._holding, self._slots // 4)
 
     def _see(self, tenant: Tenant) -> None:

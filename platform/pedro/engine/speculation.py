@@ -1,8 +1,9 @@
-"""Guesses what an answer says next by looking its last tokens up in its prompt and in itself (prompt lookup).
+"""Drafts an answer's next tokens by looking up its last tokens in its prompt and in itself (prompt lookup).
 
-A guess, the draft, goes through the model in the step of the token before it, a row a token; `steps` keeps what the
-model agrees with, so that answers stay as they are. Nothing else is special about those rows: PEDRO's vectors were made
-when the prompt was read and scale every later token alike, so each row takes its slot's, as it would in its own step.
+A draft goes through the model in the same step as the token before it, one row per token; `steps` keeps the tokens that
+the model agrees with, so that answers do not change. These rows need no special treatment: PEDRO's vectors were
+generated during prefill and scale every later token alike, so each row uses its slot's, as it would in a step of its
+own.
 
 This file decides which drafts are worth their rows. It touches no tensors. Prompt lookup is Saxena's
 (github.com/apoorvumang/prompt-lookup-decoding); the settings have the names of vLLM's method "ngram".
@@ -21,32 +22,32 @@ if TYPE_CHECKING:
     from pedro.engine.sequence import Sequence
 
 SPECULATIONS = ("off", "ngram")
-MOST_ROWS = 64  # of a step's drafts: by then a CPU computes for as long as it reads weights
+MOST_ROWS = 64  # of drafts per step: beyond this a CPU is compute-bound
 NEWS = 0.25  # weight of the newest measurement
-REMEASURED = 32  # steps with drafts, after which one without them tells anew what that takes
-FIRST_ROW = 0.05  # what a row adds to a step of one, until it is known
+REMEASURED = 32  # steps with drafts after which one without drafts is timed again
+FIRST_ROW = 0.05  # assumed cost of a row beside one other, until measured
 MOST_COST, TOO_DEAR = 1.5, 0.95
-FORGETTING = 0.98  # of what was too dear, a step: it is tried again
-EARNED, RICH, CREDIT = 0.01, 8.0, 4.0  # tokens: what each token made earns, and the account's bound and beginning
-KEPT = 0.8  # of what an answer's former drafts say about its next
+FORGETTING = 0.98  # per step, of a cost that was too high, so that drafts are tried again
+EARNED, RICH, CREDIT = 0.01, 8.0, 4.0  # tokens: credit per generated token, maximum and initial credit
+KEPT = 0.8  # weight of an answer's earlier drafts in predicting its next
 MOST_PAUSE = 64
 NO_DRAFTS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
 
 
 class DraftCosts:
-    """What a row of a draft costs, in tokens that all rows would have made in its time, by how many rows a step has.
+    """The cost of a draft row, in tokens that a step would generate in its time, by the number of rows per step.
 
-    With n rows and no drafts a step takes t, and a row more takes c: a draft pays where more than n c / t of its tokens
-    are right. That is little while a step waits for memory, and all of it where the step computes.
+    If a step of n rows without drafts takes t and another row takes c, a draft pays off if more than n c / t of its
+    tokens are right: few while a step is memory-bound, all if it is compute-bound.
     """
 
     def __init__(self) -> None:
-        self._plain: dict[int, float] = {}  # seconds of a step without drafts, by its rows
-        self._cost: dict[int, float] = {}  # by the rows' power of two
-        self._since: dict[int, int] = {}  # steps with drafts since the last one without, by its rows
+        self._plain: dict[int, float] = {}  # seconds of a step without drafts, by number of rows
+        self._cost: dict[int, float] = {}  # by the number of rows, rounded to a power of two
+        self._since: dict[int, int] = {}  # steps with drafts since the last one without, by number of rows
 
     def of(self, rows: int) -> float | None:
-        """The cost of a row beside `rows`; None where the next step is to have none, to learn what that takes."""
+        """The cost of a row beside `rows`; None if the next step must have no drafts, to time one without."""
         if rows not in self._plain or self._since.get(rows, 0) >= REMEASURED:
             return None
         return self._cost.get(rows.bit_length(), first_cost(rows))
@@ -66,14 +67,14 @@ class DraftCosts:
             self._since[rows] = self._since.get(rows, 0) + 1
 
     def of_search(self, rows: int, seconds: float) -> float:
-        """What it cost to look for drafts in a step of `rows` rows, in tokens. No more than a tenth of the step's: the
-        thread may have been kept from running."""
+        """The cost of searching for drafts in a step of `rows` rows, in tokens. At most a tenth of the step's: the
+        thread may have been preempted."""
         plain = self._plain.get(rows)
         return rows * min(0.1, seconds / plain) if plain else 0.0
 
 
 class DraftHistory:
-    """The tokens of one answer and its prompt, to be searched, and how its drafts have fared.
+    """The searchable tokens of one answer and its prompt, and the success of its drafts.
 
     `until`: how many tokens the answer must have for its next draft.
     """
@@ -83,12 +84,12 @@ class DraftHistory:
         self.start = 0  # tokens of the answer when the draft was made
         self._ids: array[int] = array(typecode, prompt_ids)
         self._prompt = len(prompt_ids)
-        self._right, self._asked = 1.0, 2.0  # of the tokens that the model was asked about
-        self._pause = 0  # tokens to wait after drafts that brought nothing
+        self._right, self._asked = 1.0, 2.0  # of the drafted tokens that were checked
+        self._pause = 0  # tokens to wait after drafts without success
 
     def find(self, output_ids: list[int], shortest: int, longest: int) -> int:
-        """Where the latest earlier occurrence of the last tokens ends: of `longest`, or fewer, but no fewer than
-        `shortest`. -1 where they did not occur, as most often."""
+        """The end of the latest earlier occurrence of the last tokens: `longest` of them, or fewer, but at least
+        `shortest`. -1 if they did not occur, which is the usual case."""
         ids, size = self._ids, self._ids.itemsize
         ids.extend(output_ids[len(ids) - self._prompt :])
         text = ids.tobytes()
@@ -102,7 +103,7 @@ class DraftHistory:
         return at + shortest
 
     def read(self, start: int, count: int) -> list[int]:
-        """`count` tokens from `start` on; past the end they go on as they have since then."""
+        """`count` tokens from `start` on; past the end, repeats the tokens since `start`."""
         tokens = self._ids[start : start + count].tolist()
         return (tokens * -(-count // len(tokens)))[:count]
 
@@ -112,15 +113,15 @@ class DraftHistory:
         return self._right > self._asked / 2
 
     def length(self, cost: float, most: int) -> int:
-        """How long a draft to make: each token of it is to be right more often than `cost`. One token where even the
-        first is not: it is asked seldom."""
+        """The length of the next draft: each of its tokens should be right with a probability above `cost`. One token
+        if even the first is not; such drafts are made rarely."""
         chance = self._right / self._asked
         if chance <= cost:
             return 1
         return most if cost <= 0 or chance >= 1 else min(most, int(math.log(cost) / math.log(chance)))
 
     def judge(self, drafted: int, right: int, cost: float) -> None:
-        """Of a draft of `drafted` tokens the first `right` came true."""
+        """Of a draft of `drafted` tokens the first `right` were correct."""
         self._right = KEPT * self._right + right
         self._asked = KEPT * self._asked + min(drafted, right + 1)
         worth = right and self._right / self._asked > cost
@@ -129,25 +130,25 @@ class DraftHistory:
 
 
 class Speculator:
-    """Makes the drafts of a step, and learns from what came of them. Used on the step thread.
+    """Makes the drafts of a step, and learns from their results. Used on the step thread.
 
-    Drafts are paid from an account, in tokens: each token made earns a hundredth, what a draft wins is paid in, and
-    what its rows cost is taken out, as is what the search took. So drafts that bring nothing cost a hundredth of the
-    tokens at most. Where an answer's drafts were mostly right, the next one is paid when it is known what it won.
+    Drafts are paid from a credit, in tokens: each generated token earns a hundredth, accepted draft tokens are added,
+    and the cost of draft rows and of the search is subtracted. So useless drafts cost at most a hundredth of the
+    tokens. If an answer's drafts were mostly right, the next one is charged only after its result is known.
     """
 
     def __init__(self, config: EngineConfig, vocabulary: int) -> None:
         self._most = config.num_speculative_tokens
         self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
         self._rows = draft_rows(config)
-        self._typecode = "H" if vocabulary <= 1 << 16 else "I"  # what is short is searched fast
+        self._typecode = "H" if vocabulary <= 1 << 16 else "I"  # small items are faster to search
         self.costs = DraftCosts()
-        self._cost, self._searched_s = 0.0, 0.0  # of this step: what a row costs, and what the search took
+        self._cost, self._searched_s = 0.0, 0.0  # of this step: the cost of a row, and the time of the search
         self._account = CREDIT
         self._counts = dict(NO_DRAFTS)
 
     def drafts(self, sequences: tuple[Sequence, ...]) -> dict[Sequence, list[int]]:
-        """What to try in the next step, by sequence; nothing for those where nothing pays."""
+        """The next step's drafts by sequence; none for sequences where none pays off."""
         cost = self.costs.of(sum(sequence.width for sequence in sequences))
         most = min(self._most, self._rows // len(sequences))
         made: dict[Sequence, list[int]] = {}
@@ -174,7 +175,7 @@ class Speculator:
         return made
 
     def _begun(self, sequence: Sequence) -> DraftHistory:
-        """Beams and answers with a mask have no drafts, others none while what would end them is barred."""
+        """Beams and answers with a mask have no drafts, nor do others before `min_tokens`."""
         never = sequence.width > 1 or sequence.request.new_mask is not None
         return DraftHistory(
             sequence.request.prompt_ids, self._typecode, math.inf if never else sequence.params.min_tokens
@@ -189,7 +190,7 @@ class Speculator:
         won = 0
         for sequence, draft in drafts.items():
             history = sequence.drafting
-            assert history is not None, "made with the draft"
+            assert history is not None, "created with the draft"
             right = max(0, len(sequence.output_ids) - history.start - 1)
             history.judge(len(draft), right, self._cost)
             won += right
@@ -204,17 +205,17 @@ class Speculator:
 
 
 def first_cost(rows: int) -> float:
-    """The cost of a row beside `rows` where nothing is known: each adds a share to the time of one."""
+    """The assumed cost of a row beside `rows` before any measurement: each adds a fixed share of the time of one."""
     return FIRST_ROW * rows / (1 + FIRST_ROW * (rows - 1))
 
 
 def draft_rows(config: EngineConfig) -> int:
-    """Rows of a step that drafts may take."""
+    """Rows of a step available to drafts."""
     return 0 if config.speculate == "off" else min(MOST_ROWS, config.max_batch * config.num_speculative_tokens)
 
 
 def _latest(text: bytes, length: int, size: int) -> int:
-    """Where the last `length` bytes of `text` stood before, in tokens of `size` bytes; -1 for nowhere."""
+    """The earlier position of the last `length` bytes of `text`, in tokens of `size` bytes; -1 if there is none."""
     wanted, end = text[-length:], len(text) - size
     while (at := text.rfind(wanted, 0, end)) >= 0:
         if at % size == 0:

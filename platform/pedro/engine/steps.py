@@ -1,6 +1,6 @@
-"""Takes sequences through one call of the runner: rows in, a token for each out.
+"""Runs sequences through one call of the runner: rows in, one token each out.
 
-A sequence costs what it asks for: one that wants the likeliest token touches no tensor where the runner gives it.
+Greedy sequences touch no tensor if the runner already returned the likeliest token.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from pedro.engine.model_executor import Logits
     from pedro.engine.schedule import PrefillGroup
 
-NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 where there is none; beams use only that
+NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 if there is none; beams use only that
 Drafts = Mapping[Sequence, list[int]]  # tokens that may come next, of sequences that answer without beams or shapes
 
 
 def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
-    """What a sequence has to read, under `adapter` as far as that acts on its prompt. What was saved of a preempted
-    sequence, or vectors that were kept with a prefix, stand in for the adapter."""
+    """The prefill row of a sequence, under `adapter` if that acts on its prompt. Rows saved at a preemption, or vectors
+    cached with a prefix, replace the adapter."""
     state, sequence.preempted_state = sequence.preempted_state, None
     prompt_ids, conditioning_length = sequence.request.prompt_ids, sequence.conditioning_length
     prefix, start = sequence.prefix, 0
@@ -57,8 +57,8 @@ def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
 def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...]) -> list[list[NewToken]]:
     """The first token of every answer, each from its group's one row of logits.
 
-    Then all slots of a beam search hold the prompt. Other answers of a group get it before their next token (`settle`),
-    since copies for many at once would hold up everybody.
+    All slots of a beam search then have the prompt. Other answers of a group get it before their next token (`settle`),
+    since many copies at once would delay everything else.
     """
     rows = [row for row, group in enumerate(groups) for _ in group]
     sequences = [sequence for group in groups for sequence in group]
@@ -86,7 +86,7 @@ def output_of(
     logprobs: list[Logprob] | None,
     prompt_logprobs: list[Logprob | None] | None,
 ) -> Output:
-    """What an answer that goes on gives of a step."""
+    """A step's output of an answer that continues."""
     return Output(
         request_id=sequence.request.id,
         index=sequence.index,
@@ -101,15 +101,15 @@ def output_of(
 
 
 def late(sequence: Sequence) -> DeadlineError:
-    """What an answer is told whose deadline passed."""
+    """The error of an answer whose deadline has passed."""
     return DeadlineError(
         f"the deadline of {sequence.request.deadline_s:g} s passed after {len(sequence.output_ids)} tokens of "
-        "answer; allow more time or ask for fewer tokens"
+        "answer; allow more time or request fewer tokens"
     )
 
 
 def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
-    """Have the slots of `sequences` hold their prompts."""
+    """Copy their prompts to the slots of `sequences` that lack them."""
     for sequence in sequences:
         leader, sequence.prompt_in = sequence.prompt_in, None
         if leader is not None and sequence.state is not SequenceState.FINISHED:
@@ -117,7 +117,7 @@ def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
 
 
 def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts) -> list[NewToken]:
-    """One decode step: the next token of every sequence, and after a draft as many more as the model agrees with."""
+    """One decode step: the next token of every sequence, and as many draft tokens as the model agrees with."""
     settle(runner, sequences)
     singles: list[Sequence] = []
     beams: list[BeamSequence] = []
@@ -133,7 +133,7 @@ def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts)
     logits = runner.decode(rows)
     if drafts:
         best = greedy(logits.values) if logits.best is None else logits.best
-        if min(best) < 0:  # even masked out, a draft's keys that are not finite would poison what is right
+        if min(best) < 0:  # even masked out, non-finite keys of a draft would corrupt correct results
             for sequence, draft in drafts.items():
                 runner.wipe(sequence.slot, sequence.length + len(draft), start=sequence.length)
             return next_tokens(runner, sequences, {})
@@ -156,11 +156,11 @@ def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts)
 
 
 def _confirmed(logits: Logits, first: dict[Sequence, int], drafts: Drafts, row: int) -> list[NewToken]:
-    """What comes after the drafts' tokens that were right, from the rows of logits from `row` on. `first`: the tokens
-    before them.
+    """The tokens after the correct draft tokens, from the rows of logits from `row` on. `first`: the tokens before
+    them.
 
-    A row's logits are those of a step of its own, and it is asked only when the tokens up to it are known to be so: the
-    answer is the same, to each random number. What was kept of wrong tokens is overwritten before anything looks at it.
+    A row's logits equal those of a separate step, and are used only if all tokens before it were correct: the answer is
+    the same, including its random numbers. Keys and values of wrong tokens are overwritten before they are read.
     """
     made: list[NewToken] = []
     starts = dict(zip(drafts, itertools.accumulate(map(len, drafts.values()), initial=row), strict=False))
@@ -180,8 +180,8 @@ def _choose(
     drafts: Drafts | None = None,
     ahead: int = 0,
 ) -> list[NewToken]:
-    """A token for each of `sequences` from its row of logits (None: the first rows, in order), after `ahead` tokens of
-    its draft."""
+    """A token for each of `sequences` from its row of logits (None: the first rows, in order), `ahead` draft tokens
+    after its last token."""
     picky = [i for i, sequence in enumerate(sequences) if not sequence.plain]
     tokens = logits.best
     if tokens is None and len(picky) < len(sequences):
@@ -206,8 +206,8 @@ def _choose(
 
 
 def _hold_to_shape(made: list[NewToken], shaped: list[int], logits: Logits, rows: list[int] | None) -> None:
-    """Of those of `made` that are `shaped`, the likeliest token that the shape lets through in place of the likeliest
-    of all. A model that keeps to the shape by itself asks for no whole mask."""
+    """For those of `made` that are `shaped`, replaces the likeliest token by the likeliest that the shape allows. If
+    the model follows the shape by itself, no full mask is computed."""
     places, masks = [], []
     for i in shaped:
         sequence, token, _ = made[i]
@@ -225,7 +225,7 @@ def _hold_to_shape(made: list[NewToken], shaped: list[int], logits: Logits, rows
 
 
 def _advance(beam: BeamSequence, logits: Any) -> tuple[int, list[tuple[int, int]]]:
-    """A step of a beam search over its rows of logits: 0, or -1 where logits are not finite; pairs of slots to copy."""
+    """A step of a beam search over its rows of logits: 0, or -1 if logits are not finite; pairs of slots to copy."""
     if min(greedy(logits)) < 0:
         return -1, []
     if beam.state is SequenceState.FINISHED:

@@ -1,4 +1,4 @@
-"""What holds an answer's tokens to a shape. Which shape, and how it is read, is the caller's: the engine knows tokens.
+"""Restricts an answer's tokens to a shape. The caller defines the shape and parses it; the engine only sees tokens.
 
 Legend: R rows, W words of 32 bits, V vocabulary.
 """
@@ -16,27 +16,27 @@ from pedro.engine.native import load_kernel
 
 
 class TokenMask(Protocol):
-    """Of one answer, from its first token on. Called by one thread at a time."""
+    """The mask of one answer, from its first token on. Called by one thread at a time."""
 
     def bits(self) -> torch.Tensor:
         """Which tokens may come next: int32 [W] on the CPU, token t is bit t % 32 of word t // 32.
 
-        Valid until the next call. Raises PedroError where that takes more than it may: the answer ends with it.
+        Valid until the next call. Raises PedroError if that exceeds its limits, which ends the answer.
         """
         ...
 
     def lets(self, token_id: int) -> bool:
-        """Whether this token may come next, for less than `bits` takes. False where it cannot be told: `bits` says."""
+        """Whether this token may come next, cheaper than `bits`. False if unknown: then use `bits`."""
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Take the token that was chosen; True where the answer is whole and nothing can follow."""
+        """Advance by the chosen token; True if the answer is complete and nothing can follow."""
         ...
 
 
 def likeliest(logits: torch.Tensor, rows: list[int], masks: list[torch.Tensor], native: bool = False) -> list[int]:
-    """Of each of `rows` of logits [R, V] the likeliest token that its mask [W] lets through; -1 where that is not
-    finite. `native`: by the CPU kernel, whose logits they are."""
+    """For each of `rows` of logits [R, V] the likeliest token that its mask [W] allows; -1 if that is not finite.
+    `native`: use the CPU kernel, which made the logits."""
     kernel = load_kernel() if native else None
     if kernel is None:
         values, tokens = logits[rows].masked_fill(~allowed(masks, logits.shape[-1], logits.device), -math.inf).max(-1)
@@ -51,7 +51,7 @@ def likeliest(logits: torch.Tensor, rows: list[int], masks: list[torch.Tensor], 
 
 
 def allowed(masks: list[torch.Tensor], vocabulary: int, device: torch.device) -> torch.Tensor:
-    """bool [R, V], where the masks [W] let a token through; nothing past their ends."""
+    """bool [R, V]: True where the masks [W] allow a token; False past their ends."""
     words = torch.stack(masks)
     if device.type != "cpu":
         return allowed_by_shifts(words.to(device), vocabulary)
@@ -60,6 +60,6 @@ def allowed(masks: list[torch.Tensor], vocabulary: int, device: torch.device) ->
 
 
 def allowed_by_shifts(words: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """The same of words [R, W] where they are, by torch alone."""
+    """The same for words [R, W] on their device, with torch."""
     let = (words[:, :, None] >> torch.arange(32, device=words.device) & 1).bool().flatten(1)[:, :vocabulary]
     return torch.nn.functional.pad(let, (0, vocabulary - let.shape[1]))

@@ -1,7 +1,7 @@
 """Runs a transformers model through its own modules, on any device.
 
-Models whose layers have the Llama calling form are driven layer by layer, so that a prefill can be cut between
-layers; every other one runs through its own `forward`, whole, behind the same interface.
+Models whose layers have Llama's signature are run layer by layer, so that a prefill can be split between layers; all
+others run through their own `forward` at once, behind the same interface.
 Legend: N tokens of the packed batch, B rows, D model width, V vocabulary.
 """
 
@@ -35,7 +35,7 @@ DRIVEN = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 @dataclass
 class ForwardState:
-    """A forward pass in progress: what the next layer needs. `layer` is the next one to run."""
+    """A forward pass in progress: the input of the next layer. `layer` is the next one to run."""
 
     ids: torch.Tensor  # [1, N]
     positions: torch.Tensor  # [1, N]
@@ -68,7 +68,7 @@ class TorchModel:
         self._device = next(model.parameters()).device
         self._graphs = None
         if capture is not None:
-            assert isinstance(cache, PagedKVCache), "a captured step finds its blocks by a table"
+            assert isinstance(cache, PagedKVCache), "captured steps find their blocks through a table"
 
             def version() -> tuple[int, int]:
                 return len(modulation.buffers), self._hooks.version
@@ -91,7 +91,7 @@ class TorchModel:
                 self._trunk.advance(state, state.step, last)
 
     def logits(self, state: ForwardState, index: list[int]) -> Logits:
-        """What comes after the tokens `index` of a prefill whose layers all ran."""
+        """The logits after tokens `index` of a prefill whose layers all ran."""
         return Logits(self._head(self.hidden(state, index)))
 
     def hidden(self, state: ForwardState, index: list[int]) -> torch.Tensor:
@@ -104,7 +104,7 @@ class TorchModel:
         if self._graphs is not None:
             try:
                 return self._graphs.decode(slots, token_ids, positions, modulated)
-            except RuntimeError:  # a model that cannot be captured decodes step by step
+            except RuntimeError:  # a model that cannot be captured decodes without graphs
                 log.warning("decode steps of this backbone cannot be captured as CUDA graphs", exc_info=True)
                 self._graphs = None
         order = sorted(range(len(slots)), key=slots.__getitem__)
@@ -127,12 +127,12 @@ class TorchModel:
         return self._head(self._trunk.finish(state))
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         self._hooks.remove()
 
 
 class LayerTrunk:
-    """Drives embedding → layers → norm of a Llama-like model."""
+    """Runs embedding → layers → norm of a Llama-like model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._base: Any = model.base_model
@@ -163,7 +163,7 @@ class LayerTrunk:
 
 
 class WholeTrunk:
-    """Runs the model's own forward in one part."""
+    """Runs the model's own forward at once."""
 
     num_parts = 1
 
@@ -204,7 +204,7 @@ class OutputHead:
 
 
 def refuse_unfit(model: PreTrainedModel) -> None:
-    """Raises BackboneError where rows of one batch would change each other or the cache has another form."""
+    """Raises BackboneError if rows of a batch would affect each other or the cache has an unsupported form."""
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
@@ -219,12 +219,12 @@ def refuse_unfit(model: PreTrainedModel) -> None:
 
 
 def softcapped(model: PreTrainedModel) -> bool:
-    """Whether attention scores are squashed (Gemma 2), which fused attention kernels cannot."""
+    """Whether attention scores are soft-capped (Gemma 2), which fused attention kernels do not support."""
     return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
 def make_trunk(model: PreTrainedModel) -> LayerTrunk | WholeTrunk:
-    """The trunk for this model. It takes the model over: from here on only the engine may run it."""
+    """The trunk for this model. It owns the model: only the engine may run it from here on."""
     attention.register()
     base: Any = model.base_model
     model.config._attn_implementation = attention.NAME

@@ -1,6 +1,6 @@
-"""Which running sequences wait again so that others can start, or grow.
+"""Which running sequences are preempted so that others can start or grow.
 
-One that has made few tokens since it last started, or that ends soon, is spared where another will do.
+Sequences that generated few tokens since their last start, or will end soon, are spared if another can be preempted.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from pedro.engine.sequence import Sequence
     from pedro.engine.shares import Shares, Tenant
 
-SOON = 32  # tokens: what has no more left may be waited for
+SOON = 32  # tokens: a sequence with no more left than these ends soon
 
 
 def to_grow(running: Iterable[Sequence], owner: Callable[[Sequence], Tenant]) -> Sequence:
-    """The one that waits again where running sequences need more blocks than there are: the youngest of the tenant that
-    is most ahead."""
+    """The sequence to preempt if running ones need more blocks than there are: the youngest of the tenant furthest
+    ahead."""
     alone = (one for one in running if one.width == 1)
     return max(alone, key=lambda one: (one.preemptible, one.tokens_left > SOON, owner(one).counter, one.order))
 
 
 class Room:
-    """What `head` needs of slots and blocks, and whether it has that once others are gone."""
+    """The slots and blocks that `head` needs, and whether preempting others provides them."""
 
     def __init__(self, head: Sequence, kv: KVRoom, slots: int, running: list[Sequence]) -> None:
-        """`slots` are missing beside those that are free."""
+        """`slots` are missing in addition to the free ones."""
         self._slots, self._head, self._kv = slots, head, kv
         self._growing = kv.growing(running)
 
     def there(self, gone: list[Sequence]) -> bool:
-        """Whether there is room without those of the running sequences."""
+        """Whether there is room once these running sequences are preempted."""
         blocks = self._kv.missing(self._head, self._growing - self._kv.growing(gone))
         return self._slots <= sum(s.width for s in gone) and blocks <= sum(s.blocks for s in gone)
 
@@ -41,8 +41,8 @@ class Room:
 def to_start(
     room: Room, candidates: list[tuple[bool, Sequence]], owner: Callable[[Sequence], Tenant], shares: Shares
 ) -> list[Sequence] | None:
-    """Those of the candidates that make room; None if there are not as many. A candidate that comes with True is of a
-    tenant that keeps its share."""
+    """The candidates to preempt; None if they are not enough. A candidate paired with True is of a tenant within its
+    share."""
     victims: list[Sequence] = []
     taken: Counter[str] = Counter()  # slots, by tenant
 

@@ -54,7 +54,7 @@ class SavedTensors:
 
     def _numbers(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(tensor.float().sum()):
-            raise AdapterError(f"adapter weights: {key} holds numbers that are not finite; the training diverged")
+            raise AdapterError(f"adapter weights: {key} contains numbers that are not finite; the training diverged")
         return tensor.to(self._device, torch.float32)
 
     def rows(self, key: str) -> int:

@@ -104,8 +104,8 @@ class ServeConfig(Frozen):
         ranks = self.tensor_parallel_size
         if ranks > 1 and self.weights != "float32":
             raise ValueError(
-                f"weights: {self.weights} is for the CPU kernel, which knows no ranks; use --weights float32 with "
-                f"--tensor-parallel-size {ranks}"
+                f"weights: {self.weights} needs the CPU kernel, which does not support ranks; use --weights float32 "
+                f"with --tensor-parallel-size {ranks}"
             )
         if ranks > 1 and self.device == "cuda" and self.num_gpus not in (0, ranks):
             raise ValueError(f"num_gpus: expected tensor_parallel_size = {ranks}, a GPU a rank, got {self.num_gpus:g}")

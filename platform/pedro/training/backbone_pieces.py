@@ -72,8 +72,8 @@ def fill(backbone: Backbone, pieces: Iterable[Piece]) -> None:
         _read(stored[piece.name], piece.start, wanted, backbone.id)
         if not all(bound.isfinite() for bound in torch.aminmax(wanted)):
             raise BackboneError(
-                f"backbone: {backbone.id!r} holds numbers in {piece.name} that are not finite (NaN or infinite); copy "
-                "or save the directory again",
+                f"backbone: {backbone.id!r} contains numbers in {piece.name} that are not finite (NaN or infinite); "
+                "copy or save the directory again",
                 param="backbone",
             )
 

@@ -1,7 +1,7 @@
 """One backbone over several processes of this machine, each with a part of every layer and of every adapter.
 
-The first rank schedules, samples and answers; the others repeat the calls of its runner (`runner`, `follower`). What a
-rank makes of its part is summed twice a layer (`collectives`). Adapters are cut as the projections are (`shards`).
+The first rank schedules, samples and answers; the others repeat the calls of its runner (`runner`, `follower`). Partial
+results are summed twice per layer (`collectives`). Adapters are split like the projections (`shards`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from pedro.errors import ConfigError
 if TYPE_CHECKING:
     from pedro.backbone import Backbone
 
-TIMEOUT_S = 120.0  # that a rank waits for the others within a step; one that dies is noticed at once
+TIMEOUT_S = 120.0  # for which a rank waits for others within a step; a dead rank is noticed at once
 
 __all__ = ["TensorParallel", "check_devices", "check_split"]
 
 
 class TensorParallel:
-    """The ranks of one engine; this process is the first, and starts the others. Give it to one `Engine`, with `model`,
-    which closes it.
+    """The ranks of one engine; this process is the first, and starts the others. Pass it to one `Engine`, together with
+    `model`; the engine closes it.
 
-    Raises BackboneError where the backbone cannot be split so, ConfigError where there are fewer GPUs than ranks.
+    Raises BackboneError if the backbone cannot be split so, ConfigError if there are fewer GPUs than ranks.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class TensorParallel:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes of the other ranks."""
+        """Process ids of the other ranks."""
         return self._peers.pids
 
     def make_runner(self, *arguments: Any, **options: Any) -> LeadingRunner:
-        """The runner of `model`, as `Runner` of the same arguments would be."""
+        """The runner of `model`, with the arguments of `Runner`."""
         try:
             return LeadingRunner(self.model, self._group, self._peers, self._whole, *arguments, **options)
         except BaseException:
@@ -88,18 +88,18 @@ class TensorParallel:
             raise
 
     def close(self) -> None:
-        """End the other ranks, where no engine does."""
+        """End the other ranks, if no engine does."""
         self._peers.close()
 
 
 def check_devices(device: str, size: int) -> None:
-    """Raise ConfigError where there is not one device for each rank."""
+    """Raise ConfigError if there are fewer devices than ranks."""
     if device == "cpu":
         return
     found = torch.cuda.device_count()
     if device != "cuda" or found < size:
         raise ConfigError(
-            f"tensor_parallel_size: {size} ranks want a GPU each, and --device {device} has {found}; use --device cuda "
+            f"tensor_parallel_size: {size} ranks need a GPU each, and --device {device} has {found}; use --device cuda "
             "and as many ranks as there are GPUs",
             param="tensor_parallel_size",
         )

@@ -1,6 +1,6 @@
-"""What ranks tell each other while a model runs: sums of what each made of its part, and rows put side by side.
+"""Communication between ranks while a model runs: all-reduce of partial results, all-gather of rows.
 
-The process group is made without torch.distributed's global one, which belongs to whoever owns the process.
+The process group is separate from torch.distributed's global one, which belongs to the application.
 Legend: N tokens, D model width, V vocabulary, P rows of a rank's part of it.
 """
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from pedro.engine.tensor_parallel.shards import Shard
     from pedro.methods.architectures import Architecture
 
-HERE = "127.0.0.1"  # all ranks are on one machine, and nobody else's business
+HERE = "127.0.0.1"  # all ranks are on one machine, unreachable from others
 
 
 class Group:
     """The ranks of one engine. Every rank must make the same calls, and each waits `timeout_s` for the others."""
 
     def __init__(self, shard: Shard, device: torch.device, meeting: str, timeout_s: float) -> None:
-        """`meeting`: a file that does not exist yet, the same for all ranks, by which they find each other."""
+        """`meeting`: a file that does not exist yet, the same for all ranks, used for their rendezvous."""
         self.shard = shard
         c10d: Any = dist
         store = c10d.FileStore(meeting, shard.size)
@@ -40,10 +40,10 @@ class Group:
         if self._on_cpu:
             options._devices = [make.create_device(hostname=HERE)]
         self._backend: Any = make(store, shard.rank, shard.size, options)
-        self.sum(torch.zeros(1, device=device))  # once all are here the file has served
+        self.sum(torch.zeros(1, device=device))  # once all have joined, the file is no longer needed
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks; of half-width numbers on a CPU in float32, which gloo is sure to have."""
+        """The sum over all ranks; 16-bit numbers on a CPU are summed in float32, which gloo always supports."""
         whole = part.float() if self._on_cpu else part
         whole = whole.contiguous()
         self._backend.allreduce([whole]).wait()
@@ -57,12 +57,12 @@ class Group:
         return torch.cat(parts, -1)
 
     def abort(self) -> None:
-        """Have a call that waits for a lost rank end. gloo sees the loss by itself."""
+        """End a call that waits for a lost rank. gloo notices the loss by itself."""
         if not self._on_cpu:
             self._backend.abort()
 
     def sum_outputs(self, architecture: Architecture) -> None:
-        """Sum what o and down make on each rank, after whatever acts on their outputs there."""
+        """Sum the outputs of o and down over the ranks, after any hooks on these outputs."""
 
         def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
             return self.sum(output)
@@ -73,7 +73,7 @@ class Group:
 
 
 class SplitEmbedding(nn.Module):
-    """A rank's part of the embedding: tokens of other ranks are zeros here, and summed."""
+    """A rank's part of the embedding: tokens of other ranks are zeros here; the results are summed."""
 
     group: Group
 
@@ -81,7 +81,7 @@ class SplitEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = tokens, width
         self.own = shard.of_vocabulary(tokens)
-        part = -(-tokens // shard.size)  # the same on every rank: what there is no token for stays zero
+        part = -(-tokens // shard.size)  # the same on every rank: excess rows stay zero
         self.weight = nn.Parameter(torch.zeros(part, width, dtype=dtype), requires_grad=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class SplitEmbedding(nn.Module):
 
 
 class SplitHead(nn.Module):
-    """A rank's part of the output embedding; the logits are put together on every rank, so that all take one path."""
+    """A rank's part of the output embedding; the logits are gathered on every rank, so that all run the same code."""
 
     group: Group
 

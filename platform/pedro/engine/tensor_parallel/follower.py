@@ -1,7 +1,7 @@
-"""The process of a rank other than the first: `python -m` this module, with the number of a socket.
+"""The process of a rank other than the first: `python -m` this module, with the file descriptor of a socket.
 
-It makes the calls of the first rank's runner, in order, on its own part of the model; what comes out is the same on
-all, and of use on the first alone. It ends where the first is gone.
+It repeats the calls of the first rank's runner, in order, on its own part of the model; results are equal on all ranks
+and only used on the first. It exits when the first is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Takes messages on the main thread; calls are made on another, and adapters are read on a third."""
+    """Receives messages on the main thread, makes calls on a second and reads adapters on a third."""
 
     def __init__(self, connection: Connection, orders: Orders) -> None:
         from pedro.engine.tensor_parallel.loading import load_shard, whole_architecture
@@ -37,8 +37,8 @@ class Follower:
         self._model: PreTrainedModel = load_shard(orders.backbone, orders.dtype, orders.device, orders.shard)
         self._architecture = whole_architecture(orders.backbone)
         self._parts: dict[int, Any] = {}
-        self._reading: set[int] = set()  # numbers of adapters that are still wanted
-        self._changing = threading.Lock()  # of these two
+        self._reading: set[int] = set()  # numbers of adapters still to be read
+        self._changing = threading.Lock()  # guards these two
         self._runner: Any = None
         self._calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._loaders = ThreadPoolExecutor(1)
@@ -46,14 +46,14 @@ class Follower:
         threading.Thread(target=self._follow, name="calls", daemon=True).start()
 
     def take(self, message: bytes) -> None:
-        """Queue what the first rank says."""
+        """Queue a message of the first rank."""
         if message[:1] == READ:
             number, directory = load(message[1:], {})
             with self._changing:
                 self._reading.add(number)
             self._loaders.submit(self._read, number, directory)
         else:
-            assert message[:1] == CALL, f"a message of no kind: {message[:1]!r}"
+            assert message[:1] == CALL, f"a message of unknown kind: {message[:1]!r}"
             self._calls.put(message[1:])
 
     def say(self, what: Any, error: Any = None) -> None:
@@ -90,7 +90,7 @@ class Follower:
             try:
                 self._runner = ShardRunner(self._model, self._group, *arguments, **options)
                 self.say(MADE)
-            except PedroError as error:  # the first rank's, too
+            except PedroError as error:  # raised on the first rank, too
                 self.say(MADE, error)
         elif name == "keep_rows":
             slot, number = arguments
@@ -107,12 +107,12 @@ class Follower:
                 Path(directory), self._architecture, orders.backbone.digest, self._model.device, orders.shard
             )
             with self._changing:
-                if number in self._reading:  # else the first rank waits for it no more
+                if number in self._reading:  # else the first rank no longer waits for it
                     self._parts[number] = part
             self.say(number)
         except PedroError as error:
             self.say(number, error)
-        except Exception as error:  # as the first rank's own loaders: it costs this adapter alone
+        except Exception as error:  # as in the first rank's loaders: fails this adapter only
             log.exception("an adapter could not be read")
             self.say(number, AdapterError(f"adapter: it could not be read ({type(error).__name__})"))
         finally:
@@ -121,7 +121,7 @@ class Follower:
 
 
 def main() -> None:
-    """Take orders, and then calls until the first rank is gone."""
+    """Receive the configuration, then calls until the first rank is gone."""
     logging.basicConfig(format="%(levelname)s rank %(name)s: %(message)s")
     connection = Connection(int(sys.argv[1]))
     try:
@@ -140,7 +140,7 @@ def main() -> None:
         while True:
             follower.take(connection.recv_bytes())
     except (EOFError, OSError):
-        os._exit(0)  # other threads may wait for ranks that are gone
+        os._exit(0)  # other threads may be waiting for ranks that are gone
 
 
 if __name__ == "__main__":

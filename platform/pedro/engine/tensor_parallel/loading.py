@@ -1,4 +1,4 @@
-"""Loads a rank's part of a backbone: of every tensor the rank's own numbers are read from the files, nothing more."""
+"""Loads a rank's part of a backbone: only the rank's part of every tensor is read from the files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GENERATION = "generation_config.json"
 
 
 def whole_architecture(backbone: Backbone) -> Architecture:
-    """The backbone's shapes, as adapters are made for; no weights."""
+    """The whole backbone's shapes, for adapters; no weights."""
     from transformers import AutoModelForCausalLM
 
     config: Any = load_config(backbone)
@@ -33,9 +33,10 @@ def whole_architecture(backbone: Backbone) -> Architecture:
 
 
 def load_shard(backbone: Backbone, dtype: str, device: str, shard: Shard) -> PreTrainedModel:
-    """The rank's model, on `device`: its own heads and channels, and its part of the vocabulary. `join` lets it run.
+    """The rank's model, on `device`: its heads and channels, and its part of the vocabulary. Call `join` before
+    running.
 
-    Raises BackboneError where the backbone cannot be split so, or its files cannot be read in parts.
+    Raises BackboneError if the backbone cannot be split so, or its files cannot be read in parts.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -76,7 +77,7 @@ def load_shard(backbone: Backbone, dtype: str, device: str, shard: Shard) -> Pre
 
 
 def join(model: PreTrainedModel, group: Group) -> None:
-    """From here on the model runs with those of the other ranks."""
+    """Connect the model to those of the other ranks."""
     for module in model.modules():
         if isinstance(module, SplitEmbedding | SplitHead):
             module.group = group
@@ -94,7 +95,7 @@ def _fill(parameter: torch.Tensor, stored: StoredTensor, cut: Cut, name: str, ba
                 part = lies[run] if cut.columns is None else lies[run, cut.columns]
                 parameter[start : start + len(part)] = part
                 start += len(part)
-    except Exception as error:  # safetensors raises its own types and the system's
+    except Exception as error:  # safetensors raises its own types and OSError
         raise BackboneError(
             f"backbone: the model of {backbone!r} cannot be loaded ({error}); copy or save the directory again",
             param="backbone",
@@ -102,7 +103,7 @@ def _fill(parameter: torch.Tensor, stored: StoredTensor, cut: Cut, name: str, ba
     assert start == len(parameter), f"{name} is {len(parameter)} rows long, and {start} were read"
     if not all(bound.isfinite() for bound in torch.aminmax(parameter)):
         raise BackboneError(
-            f"backbone: {backbone!r} holds numbers in {name} that are not finite (NaN or infinite); copy or save the "
-            "directory again",
+            f"backbone: {backbone!r} contains numbers in {name} that are not finite (NaN or infinite); copy or save "
+            "the directory again",
             param="backbone",
         )

@@ -1,7 +1,7 @@
-"""What the first rank tells the others: calls to make, whose arguments may be things that each has a part of.
+"""Messages of the first rank to the others: calls, whose arguments may be objects of which each rank has a part.
 
-An adapter and the vectors that a slot had are never sent: a number stands for them, by which every rank finds its own
-part, until the first rank needs the thing no longer. The bytes pass between processes of one engine alone.
+Adapters and saved vectors are never sent: a number stands for them, by which every rank finds its own part, until the
+first rank drops the object. Messages only pass between the processes of one engine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pedro.engine.tensor_parallel.shards import Shard
 
 START, CALL, READ = b"s", b"c", b"r"
-"""The first byte of a message: begin; make a call, in order with the others; read an adapter, beside them."""
-JOIN, MADE = "join", "make"  # the first calls, of which the others say when they are done
+"""The first byte of a message: begin; make a call, in order; read an adapter, concurrently with calls."""
+JOIN, MADE = "join", "make"  # the first calls, whose completion the others report
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What a rank is to be. `meeting`: a file by which the ranks find each other."""
+    """The configuration of a rank. `meeting`: the rendezvous file of the ranks."""
 
     backbone: Backbone
     dtype: str
@@ -41,7 +41,7 @@ class Orders:
 
 
 class KeptRows(dict[Any, Any]):
-    """The vectors of a slot that outlive it (`SlotRows`); each is itself and equal to no other."""
+    """Saved vectors of a slot (`SlotRows`), compared by identity."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -50,7 +50,7 @@ class KeptRows(dict[Any, Any]):
 
 
 class Parts:
-    """The numbers of things that each rank has a part of. For any thread."""
+    """The numbers of objects of which each rank has a part. Thread-safe."""
 
     def __init__(self) -> None:
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -59,25 +59,25 @@ class Parts:
         self._gone: deque[int] = deque()
 
     def reserve(self) -> int:
-        """A number that no thing has yet."""
+        """An unused number."""
         return next(self._next)
 
     def name(self, thing: Any, number: int) -> None:
-        """From now on `number` stands for `thing`, for as long as this process needs it."""
+        """Let `number` stand for `thing` until `thing` is garbage-collected here."""
         with self._lock:
             self._numbers[thing] = number
         weakref.finalize(thing, self.let_go, number).atexit = False
 
     def let_go(self, number: int) -> None:
-        """Nothing is called so any longer."""
+        """Remove this number."""
         self._gone.append(number)
 
     def take_gone(self) -> list[int]:
-        """The numbers whose things were let go of since the last call."""
+        """Numbers whose objects were dropped since the last call."""
         return [self._gone.popleft() for _ in range(len(self._gone))]
 
     def dump(self, message: Any) -> bytes:
-        """The message as bytes; what has a number stands there as that."""
+        """The message as bytes, with numbers in place of numbered objects."""
         stream = io.BytesIO()
         _Pickler(stream, self._number_of).dump(message)
         return stream.getvalue()

@@ -1,7 +1,7 @@
-"""The processes of the other ranks, as the first one sees them: started, told what to do, watched.
+"""The processes of the other ranks, seen from the first: it starts them, sends them calls and watches them.
 
-One that ends, or does not take what it is told, is the end of all: `lost` says why, and the rest are killed. They end
-by themselves where this process is gone.
+If one exits or does not accept a message, all end: `lost` says why, and the rest are killed. They exit by themselves
+if this process is gone.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from pedro.errors import PedroError, UnavailableError
 
 log = logging.getLogger(__name__)
 MODULE = "pedro.engine.tensor_parallel.follower"
-START_TIMEOUT_S = 1800.0  # to load: a large backbone comes from a disk
+START_TIMEOUT_S = 1800.0  # for loading: a large backbone is read from disk
 READ_TIMEOUT_S = 60.0  # for an adapter
-NOTICE_S = 5.0  # within which the end of a process is seen
+NOTICE_S = 5.0  # within which an exited process is noticed
 T = TypeVar("T")
-SECRETS = ("PEDRO_", "AWS_", "MLFLOW_", "HF_TOKEN", "HUGGING_FACE_")  # how names of what may be one begin
+SECRETS = ("PEDRO_", "AWS_", "MLFLOW_", "HF_TOKEN", "HUGGING_FACE_")  # prefixes of variables that may contain secrets
 
 
 class Peer:
-    """One process, and the connection to it."""
+    """One process and its connection."""
 
     def __init__(self, rank: int, timeout_s: float) -> None:
         self.rank = rank
         ours, theirs = socket.socketpair()
-        # One that is stopped, rather than dead, must not hold up who tells it something.
+        # A process that is stopped but not dead must not block senders.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(timeout_s), 0))
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],  # not what lies in the working directory
+                [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())],  # no imports from the working directory
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 env={**environment(os.environ), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # an interrupt of the terminal is not for it
+                start_new_session=True,  # an interrupt in the terminal must not reach it
             )
         self.connection = Connection(ours.detach())
 
     def end(self) -> None:
-        """Kill it; nothing of it is worth keeping."""
+        """Kill it; it has no state to save."""
         self.process.kill()
         self.process.wait()
 
 
 class Peers:
-    """The ranks from 1 on. `on_lost` is called once one of them is lost, on any thread."""
+    """The ranks from 1 on. `on_lost` is called when one of them is lost, on any thread."""
 
     def __init__(self, count: int, timeout_s: float) -> None:
         self.lost: PedroError | None = None
@@ -65,8 +65,8 @@ class Peers:
         self._timeout_s = timeout_s
         self._sending = threading.Lock()
         self._changed = threading.Condition()
-        self._answers: dict[tuple[int, Any], PedroError | None] = {}  # by rank and what was asked for
-        self._abandoned: set[tuple[int, Any]] = set()  # those of which nobody waits for the answer any more
+        self._answers: dict[tuple[int, Any], PedroError | None] = {}  # by rank and request
+        self._abandoned: set[tuple[int, Any]] = set()  # requests whose answers are no longer awaited
         self._closing = False
         self._peers: list[Peer] = []
         try:
@@ -80,34 +80,34 @@ class Peers:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes, by rank."""
+        """Process ids, by rank."""
         return [peer.process.pid for peer in self._peers]
 
     def start(self, orders: list[Orders]) -> None:
-        """Have each take its orders, and return at once; `started` waits."""
+        """Send each rank its configuration and return at once; `started` waits."""
         for peer, order in zip(self._peers, orders, strict=True):
             self._send((peer,), START + pickle.dumps(order))
 
     def started(self) -> None:
-        """Returns once all have loaded their parts. Raises the first error that one of them met."""
+        """Wait until all have loaded their parts. Raises the first error of any."""
         self._await(START, START_TIMEOUT_S, "loaded its part of the backbone")
 
     def join(self, own: Callable[[], None]) -> None:
-        """Have all meet, this rank by `own`, and return once they did."""
+        """Let all ranks join, this one through `own`, and wait until they have."""
         self.tell(CALL + Parts().dump((JOIN, (), {}, [])))
         own()
         self._await(JOIN, self._timeout_s, "met the others")
 
     def made(self) -> None:
-        """Returns once all have made their runners. Raises the first error that one of them met."""
+        """Wait until all have created their runners. Raises the first error of any."""
         self._await(MADE, self._timeout_s, "made its runner")
 
     def tell(self, message: bytes) -> None:
-        """Send to all. Raises the reason where one is lost."""
+        """Send to all. Raises the reason if one is lost."""
         self._send(self._peers, message)
 
     def read(self, number: int, directory: str, own: Callable[[], T]) -> T:
-        """Have each read its part of an adapter, and this rank its `own` meanwhile. Raises the first error of any."""
+        """Let each rank read its part of an adapter, this one through `own`. Raises the first error of any."""
         self._send(self._peers, READ + pickle.dumps((number, directory)))
         try:
             return own()
@@ -115,13 +115,13 @@ class Peers:
             self._await(number, READ_TIMEOUT_S, "read the adapter")
 
     def failed_here(self, error: Exception) -> PedroError:
-        """A call failed on this rank: because another one is gone, as the watcher is about to say, or by itself."""
+        """A call failed on this rank: because another is gone, which the watcher is about to report, or by itself."""
         with self._changed:
             self._changed.wait_for(lambda: self.lost is not None, NOTICE_S)
         return self.fail(f"rank 0 failed: {type(error).__name__}: {error}")
 
     def fail(self, reason: str) -> PedroError:
-        """The engine cannot go on: end the other ranks, as they may wait for ever."""
+        """The engine cannot continue: end the other ranks, which might wait forever."""
         with self._changed:
             if self.lost is None:
                 self.lost = UnavailableError(f"the engine ended: {reason}", code="engine_error")
@@ -148,7 +148,7 @@ class Peers:
                 try:
                     peer.connection.send_bytes(message)
                 except OSError as error:
-                    raise self.fail(f"rank {peer.rank} takes no orders ({error or type(error).__name__})") from error
+                    raise self.fail(f"rank {peer.rank} takes no messages ({error or type(error).__name__})") from error
 
     def _await(self, what: Any, timeout_s: float, done: str) -> None:
         until = time.monotonic() + timeout_s
@@ -167,7 +167,7 @@ class Peers:
             raise errors[0]
 
     def _watch(self) -> None:
-        """Take what they say, until one is gone."""
+        """Receive their messages until one is gone."""
         of = {peer.connection: peer for peer in self._peers}
         while True:
             for connection in wait(list(of)):
@@ -193,7 +193,7 @@ class Peers:
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a rank gets of these: no secrets, since it reads files of this machine and nothing else."""
+    """The environment of a rank: without secrets, since it only reads local files."""
     return {name: value for name, value in given.items() if name == "PEDRO_HOME" or not name.startswith(SECRETS)}
 
 

@@ -1,4 +1,4 @@
-"""Runners of a split model: each rank has one, and the first rank's has the others make the calls that it makes."""
+"""Runners of a split model: each rank has one; the first rank's makes the others repeat its calls."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ T = TypeVar("T")
 def read_part(
     directory: Path, architecture: Architecture, backbone_digest: str, device: torch.device, shard: Shard
 ) -> Adapter:
-    """A rank's part of the adapter in `directory`, which is checked as ever. `architecture` is the whole model's."""
+    """A rank's part of the adapter in `directory`, which is checked as usual. `architecture` is the whole model's."""
     return cut_adapter(read_adapter(directory, architecture, backbone_digest, device), shard)
 
 
 class ShardRunner(Runner):
-    """A rank's part of the model, through PyTorch's own modules, step by step: the native kernel and captured graphs
-    know no other ranks."""
+    """A rank's part of the model, run through PyTorch's modules: the native kernel and captured graphs do not support
+    ranks."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class ShardRunner(Runner):
                 )
         self._ranks = group
         super().__init__(model, slots, length, kernel="torch", capture=False, **options)
-        group.sum_outputs(self.architecture)  # after the modulation's hooks, which act on each rank's part
+        group.sum_outputs(self.architecture)  # after the modulation hooks, which act on each rank's part
 
     def _allowed_blocks(self, budget: KVBudget) -> int:
-        """As many on all ranks: what the one with the least has room for. On a CPU they share the memory."""
+        """The same on all ranks: as many as fit on the one with the least memory. On a CPU they share it."""
         if self.device.type == "cpu":
             budget = replace(budget, sharers=budget.sharers * self._ranks.shard.size)
         own = torch.tensor([[float(super()._allowed_blocks(budget))]], device=self.device)
@@ -72,7 +72,7 @@ class ShardRunner(Runner):
 
 
 class LeadingRunner(ShardRunner):
-    """The first rank's. Whatever fails in a call here or there ends the engine: the ranks are no longer in step."""
+    """The first rank's runner. An error in any rank's call ends the engine, since the ranks are no longer in sync."""
 
     def __init__(
         self,
@@ -98,11 +98,11 @@ class LeadingRunner(ShardRunner):
 
     @property
     def lost(self) -> PedroError | None:
-        """Why the engine cannot go on."""
+        """Why the engine cannot continue."""
         return self._peers.lost
 
     def on_lost(self, call: Callable[[], None]) -> None:
-        """Have `call` called once the engine cannot go on, from any thread."""
+        """Call `call` once the engine cannot continue, from any thread."""
 
         def lost() -> None:
             self._group.abort()
@@ -111,7 +111,7 @@ class LeadingRunner(ShardRunner):
         self._peers.on_lost = lost
 
     def read_adapter(self, directory: Path, backbone_digest: str) -> Adapter:
-        """This rank's part; returns once every rank has its own."""
+        """This rank's part of the adapter; waits until every rank has its own."""
         number, adapter = self._parts.reserve(), None
 
         def own() -> Adapter:
@@ -136,7 +136,7 @@ class LeadingRunner(ShardRunner):
         return self._led("end", super().end)
 
     def abandon(self) -> None:
-        if self.lost is None:  # else nothing is read any more
+        if self.lost is None:  # else nothing will be read any more
             self._led("abandon", super().abandon)
 
     def decode(self, rows: list[DecodeRow]) -> Logits:
@@ -189,12 +189,12 @@ class LeadingRunner(ShardRunner):
             raise self._peers.failed_here(error) from error
 
     def _told(self, name: str, *arguments: Any, **options: Any) -> None:
-        """Tell the other ranks. Raises the reason where one of them is lost."""
+        """Send to the other ranks. Raises the reason if one of them is lost."""
         self._peers.tell(CALL + self._parts.dump((name, arguments, options, self._parts.take_gone())))
 
 
 class _LedBlocks:
-    """The first rank's `KVBlocks` as a prefix cache has them."""
+    """The first rank's `KVBlocks`, for the prefix cache."""
 
     def __init__(self, runner: LeadingRunner) -> None:
         self._runner = runner

@@ -1,9 +1,8 @@
-"""Which part of the backbone and of an adapter is a rank's. Numbers and slices alone: knows no process and no file.
+"""Which part of the backbone and of an adapter belongs to a rank. Only numbers and slices; no processes, no files.
 
-A layer is cut as Megatron-LM cuts it (arXiv 1909.08053): q, k, v, gate and up by outputs, so that a rank has whole
-heads; o and down by inputs, so that what the ranks make of their part is summed. Vectors, and the side of a low-rank
-term that meets a cut projection, are cut with it. Hidden states are whole on every rank, so generators pool there
-what they pool anywhere.
+A layer is split as in Megatron-LM (arXiv 1909.08053): q, k, v, gate and up by outputs, so that a rank has whole heads;
+o and down by inputs, so that the ranks' partial results are summed. Vectors, and the side of a low-rank term that faces
+a split projection, are split with it. Hidden states are complete on every rank, so generators pool them as usual.
 Legend: W output width of a site, K its input width, R rank, D model width.
 """
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from pedro.model_protocols import ModelConfig
 
 SPLIT = ("llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Architectures whose layers compute on some of the heads as on all of them."""
+"""Architectures whose layers can compute on a subset of their heads."""
 BY_INPUTS = ("o", "down")
 
 
@@ -46,14 +45,14 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of a stored tensor: runs of rows one after the other, and of each a run of columns."""
+    """The part of a stored tensor: consecutive ranges of rows, and one range of columns of each."""
 
     rows: tuple[slice, ...] = (slice(None),)
     columns: slice | None = None
 
 
 def check_split(config: ModelConfig, size: int, name: str) -> None:
-    """Raise BackboneError where the backbone `name` cannot be split over `size` ranks."""
+    """Raise BackboneError if the backbone `name` cannot be split over `size` ranks."""
     if config.model_type not in SPLIT:
         raise BackboneError(
             f"tensor_parallel_size: {name!r} is of type {config.model_type}, and only {', '.join(SPLIT)} can be split; "
@@ -72,7 +71,7 @@ def check_split(config: ModelConfig, size: int, name: str) -> None:
 
 
 def local_config(config: Any, shard: Shard) -> Any:
-    """The config of a model with this rank's heads and MLP channels alone, and the model's own width."""
+    """The config of a model with only this rank's heads and MLP channels, and the full width."""
     local = copy.deepcopy(config)
     local.head_dim = head_width(config)
     local.num_key_value_heads = _kv_heads(config) // shard.size
@@ -82,7 +81,7 @@ def local_config(config: Any, shard: Shard) -> Any:
 
 
 def cuts_of(architecture: Architecture, config: ModelConfig, shard: Shard) -> dict[str, Cut]:
-    """How this rank cuts the projections' tensors, by name; all others it takes whole. `architecture` is the whole
+    """How this rank slices the projections' tensors, by name; others are not split. `architecture` is the whole
     model's."""
     made: dict[str, Cut] = {}
     paths = projection_paths(config)
@@ -99,15 +98,15 @@ def cuts_of(architecture: Architecture, config: ModelConfig, shard: Shard) -> di
 
 
 def summed_biases(architecture: Architecture, config: ModelConfig) -> set[str]:
-    """The tensors that are added to a sum over the ranks, and so are one rank's alone."""
+    """Tensors that are added to a sum over the ranks, and so belong to one rank only."""
     paths = projection_paths(config)
     return {f"{layer.name}.{paths[name]}.bias" for layer in architecture.layers for name in BY_INPUTS}
 
 
 def cut_adapter(adapter: Adapter, shard: Shard) -> Adapter:
-    """This rank's part of an adapter, in memory of its own.
+    """This rank's part of an adapter, copied.
 
-    A scale on o or down acts on every rank's summand alike; a shift there is the first rank's alone.
+    A scale on o or down applies to every rank's partial result; a shift there is only added on the first rank.
     """
 
     def cut(site: str, row: torch.Tensor) -> torch.Tensor:
@@ -131,7 +130,7 @@ def cut_adapter(adapter: Adapter, shard: Shard) -> Adapter:
 
 
 def _cut_generator(generator: Generator, shard: Shard) -> Generator:
-    """The same bottleneck on every rank, which makes of it only the vectors of its own outputs."""
+    """The same bottleneck on every rank; each generates only the vectors of its own outputs."""
     layers, widths = [], []
     for weights, whole in zip(generator.layers, generator.widths, strict=True):
         kept, start, local = [], 0, []
@@ -147,8 +146,8 @@ def _cut_generator(generator: Generator, shard: Shard) -> Generator:
 
 
 def _within(rows: Rows, width: int, shard: Shard) -> slice:
-    """This rank's rows of a site, of all that its module has."""
-    assert rows is None or isinstance(rows, slice), "heads do not interleave in what can be split"
+    """This rank's rows of a site, within its module's output."""
+    assert rows is None or isinstance(rows, slice), "heads are not interleaved in models that can be split"
     start = 0 if rows is None else rows.start
     part = shard.of(width)
     return slice(start + part.start, start + part.stop)
