@@ -44,7 +44,7 @@ def test_an_operator_adds_an_endpoint_tries_it_and_removes_it(run):
         (("add", "acme", "https://10.0.0.1/"), "not on the public network"),
         (("add", "acme", "ftp://127.0.0.1/"), "url: expected"),
         (("add", "Acme", "https://127.0.0.1/"), "tenant: 'Acme' is not a valid name"),
-        (("add", "acme", "https://127.0.0.1/", "--event", "ping"), "event_types: there are no events 'ping'"),
+        (("add", "acme", "https://127.0.0.1/", "--event", "ping"), "event_types: unknown events 'ping'"),
         (("add", "acme", "https://127.0.0.1/", "--name", ""), "name: expected 1 to 200"),
         (("test", "we_nix"), "No such webhook endpoint: we_nix"),
         (("remove", "we_nix", "--yes"), "No such webhook endpoint: we_nix"),

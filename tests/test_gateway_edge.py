@@ -454,10 +454,10 @@ def test_a_mistake_is_told_in_jsons_words_with_what_was_meant_or_why(http, chang
 @pytest.mark.parametrize(
     ("message", "told"),
     [
-        ({"role": "user", "content": "a", "name": "bob"}, "write it into the content"),
+        ({"role": "user", "content": "a", "name": "bob"}, "put the name into the content"),
         ({"role": "tool", "content": "a", "tool_call_id": "call_1"}, "no call with this id waits"),
-        ({"role": "tool", "content": "a"}, "is required of a tool's result"),
-        ({"role": "function", "content": "a"}, "a former name of tools"),
+        ({"role": "tool", "content": "a"}, "is required for a tool's result"),
+        ({"role": "function", "content": "a"}, "deprecated; send tools"),
     ],
     ids=["name", "tool", "tool without an id", "function"],
 )

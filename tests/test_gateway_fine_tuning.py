@@ -276,7 +276,7 @@ def test_a_job_goes_on_from_a_model_of_its_tenants(platform, client, request):
     spec = json.loads((platform.gateway.storage / "jobs" / made.id / "spec.json").read_text())
     assert (spec["parent"], spec["method"], spec["backbone"]) == (made.model, method, "stories260K")
     other = {"type": "supervised", "pedro": {"method": {"name": "pedro"}}}
-    with pytest.raises(openai.BadRequestError, match="goes on as it was trained"):
+    with pytest.raises(openai.BadRequestError, match="keeps its method"):
         client.fine_tuning.jobs.create(model=f"{tenant}.voice:1", training_file=file, method=other)
     with pytest.raises(openai.BadRequestError, match="name the backbone"):
         client.fine_tuning.jobs.create(model=f"{tenant}.voice", training_file=file, method={"type": "dpo"})

@@ -127,7 +127,7 @@ def test_its_driver_tells_of_each_trial_once(platform, client):
         ({"space": SPACE, "search": {"trials": 101}}, "search.trials", "may have 100"),
         ({"space": SPACE, "search": {"trials": 10**9}}, "search.trials", "expected"),
         ({"space": {"method.r": {"grid": [1, 2]}, **{f"training.k{n}": {"grid": [*range(64)]} for n in range(15)}}},
-         "search.trials", "trials, and a sweep over HTTP"),
+         "search.trials", "trials, but a sweep over HTTP"),
         ({"space": SPACE, "search": {"algorithm": "grid"}}, "space.training.lr", "no list of values"),
         ({"space": {"method.r": {"choice": [4, 8]}}, "search": {"trials": 9}}, "search.trials", "holds about 2"),
         ({"space": {"method.r": {"grid": [4]}}, "search": {"algorithm": "optuna"}}, "space.method.r", "optuna chooses"),
@@ -154,7 +154,7 @@ def test_a_section_without_bounds_is_refused_before_it_is_looked_at(client):
 
 def test_no_trial_names_anything_of_the_host(client):
     space = {"method.init_path": {"choice": ["/etc/passwd", "x"]}}
-    with pytest.raises(openai.BadRequestError, match="may name something of this host"):
+    with pytest.raises(openai.BadRequestError, match="may refer to the host"):
         ask(client, {"space": space, "search": {"trials": 2}}, method={"peft_type": "LORA"})
 
 

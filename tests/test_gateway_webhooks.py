@@ -321,7 +321,7 @@ def test_keys_without_the_scope_or_held_to_adapters_have_no_webhooks(gateway, cl
 def test_a_server_without_a_key_file_says_so(tmp_path):
     with serve(tmp_path) as plain:
         client = plain.client(plain.key("acme", SCOPES))
-        with pytest.raises(openai.InternalServerError, match="no key for the secrets of webhooks") as refused:
+        with pytest.raises(openai.InternalServerError, match="no key for webhook secrets") as refused:
             client.webhooks.list()
     assert refused.value.code == "webhook_key_file"
 
@@ -331,14 +331,14 @@ def test_a_key_file_that_holds_no_key_is_told_to_the_operator_alone(gateway, cli
     (tmp_path / "webhook.key").write_text("short")
     with (
         caplog.at_level(logging.ERROR, "pedro.gateway"),
-        pytest.raises(openai.InternalServerError, match="no key for the secrets") as refused,
+        pytest.raises(openai.InternalServerError, match="no key for webhook secrets") as refused,
     ):
         hook(client, receiver.url)
     assert str(tmp_path) not in str(refused.value.body)
     assert str(tmp_path) in caplog.text
     cancelled(gateway)
     until(lambda: client.webhooks.retrieve(made.id).last_error)
-    assert "no key for the secrets" in client.webhooks.retrieve(made.id).last_error
+    assert "no key for webhook secrets" in client.webhooks.retrieve(made.id).last_error
     assert receiver.got == []
 
 

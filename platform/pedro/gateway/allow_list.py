@@ -1,6 +1,6 @@
-"""The backend for a key that is restricted to some adapters: no other name exists for it.
+"""The backend for a key that is restricted to some adapters: other names do not exist for it.
 
-A name is refused before anything is looked up for it, so neither the answer nor its time tells whether it exists.
+A name is refused before any lookup, so neither the answer nor its time reveals whether it exists.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class AllowedBackend:
-    """Conforms to `Backend`. `names`: what may be named, as `tenant.adapter`, with any alias or version."""
+    """Implements `Backend`. `names`: the allowed adapters, as `tenant.adapter`, with any alias or version."""
 
     def __init__(self, backend: Backend, names: frozenset[str]) -> None:
         self._backend = backend
@@ -117,12 +117,14 @@ class AllowedBackend:
         return name
 
     def _named(self, model: str | None) -> str:
-        """What would mean the backbone has to be said."""
+        """An omitted model would mean the backbone: require a name."""
         if model is None:
-            raise PedroError(f"model: this key is held to {', '.join(sorted(self._names))}; name one", param="model")
+            raise PedroError(
+                f"model: this key is restricted to {', '.join(sorted(self._names))}; name one", param="model"
+            )
         return self._allowed(model)
 
 
 async def _refuse(name: str) -> AsyncGenerator[Delta, None]:
     raise model_not_found(name)
-    yield  # an async generator, as the backend's is
+    yield  # an async generator, like the backend's

@@ -1,9 +1,9 @@
 """Answers one generation request: admits it, then sends the whole answer or a stream of events, and settles its tokens.
 
-How either is written is left to classes such as `ChoicesAnswer`, of completions and chats.
-Everything happens inside the response, so that one block owns the backend's streams from admission to the last byte.
-Each backend stream is read by a task of its own, which is cancelled once and then awaited: the backend's clean-up may
-await, whatever happens to the request's own task meanwhile.
+Subclasses such as `ChoicesAnswer` (completions and chats) define the format. Everything happens inside the response, so
+that one block owns the backend's streams from admission to the last byte. Each backend stream is read by a separate
+task, which is cancelled once and then awaited, so that the backend can finish its clean-up even if the request's task
+is cancelled.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from pedro.gateway.backend import Backend, Delta, GenerateCall
     from pedro.gateway.usage import UsageEntry
 
-QUEUED_DELTAS = 256  # a client slower than this holds its own streams up, and nobody else's
+QUEUED_DELTAS = 256  # beyond this a slow client blocks only its own streams
 BLOCK = 64  # bytes
 NO_OPTIONS = StreamOptions()
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # proxies pass events on as they come
+    (b"x-accel-buffering", b"no"),  # tells proxies not to buffer events
 ]
 Result = TypeVar("Result")
 
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 class Answer(Response, ABC):
     """An ASGI response: the answer to `calls` as one body.
 
-    `ticket` is settled with the tokens used, and `entry` entered in the usage ledger, however the response ends.
+    However the response ends, `ticket` is settled with the tokens used and `entry` is recorded in the usage ledger.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Answer(Response, ABC):
         return choice
 
     def _facts(self) -> dict[str, Any]:
-        """What the access log tells of this answer."""
+        """This answer's fields in the access log."""
         counted = usage(self._choices)
         waits = [choice.queue_s for of_call in self._choices for choice in of_call if choice.queue_s is not None]
         return {
@@ -121,7 +121,7 @@ class Answer(Response, ABC):
         }
 
     def _used(self, *, unseen_prompts: bool) -> int:
-        """Tokens of prompts and answers so far; `unseen_prompts`: also a guess of those that gave nothing yet."""
+        """Tokens of prompts and answers so far; `unseen_prompts`: include estimates for prompts without a delta yet."""
         total = 0
         for call, choices in zip(self._calls, self._choices, strict=True):
             seen = max(choice.prompt_tokens for choice in choices)
@@ -130,14 +130,14 @@ class Answer(Response, ABC):
         return total
 
     def _count(self) -> None:
-        """Tell the meters what was seen of the calls."""
+        """Update the meters with the tokens seen so far."""
         for meter, choices in zip(self._meters, self._choices, strict=True):
             prompt_tokens = max(choice.prompt_tokens for choice in choices)
             cached_tokens = max(choice.cached_tokens for choice in choices)
             meter.count(prompt_tokens, sum(choice.completion_tokens for choice in choices), cached_tokens)
 
     def _check_finished(self) -> None:
-        """A stream that just ends is a fault of ours: half an answer must not look whole."""
+        """Raise if a stream ended early: a truncated answer must not look complete."""
         for of_call in self._choices:
             for choice in of_call:
                 if choice.finish_reason is None:
@@ -155,19 +155,19 @@ class StreamedAnswer(Answer):
 
     @abstractmethod
     def _first_events(self) -> bytes:
-        """What a stream begins with."""
+        """The first events of a stream."""
 
     @abstractmethod
     def _events(self, number: int, delta: Delta) -> bytes:
-        """What a delta of call `number` adds to a stream."""
+        """The events of a delta of call `number`."""
 
     @abstractmethod
     def _last_events(self) -> bytes:
-        """What a stream ends with once every choice is finished."""
+        """The last events of a stream whose choices have all finished."""
 
     @abstractmethod
     def _error_events(self, error: Exception, request_id: str) -> bytes:
-        """What a stream ends with in their place."""
+        """The last events of a stream that failed."""
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._stream:
@@ -176,8 +176,8 @@ class StreamedAnswer(Answer):
             await super()._respond(scope, receive, send)
 
     async def _send_events(self, send: Send, request_id: str) -> None:
-        """Nothing is sent, not even the status, until there is something to show: a client whose connection breaks
-        before that asks again by itself."""
+        """Nothing is sent, not even the status, until there is text to show: clients whose connection breaks before
+        that retry by themselves."""
         started = False
         async with FanIn(self._backend, self._calls) as deltas:
             try:
@@ -194,7 +194,7 @@ class StreamedAnswer(Answer):
                 last = first + self._last_events()
             except Exception as error:
                 if not started:
-                    raise  # it has a status of its own
+                    raise  # it has its own status
                 last = self._error_events(error, request_id)
         if not started:
             await _start(send)
@@ -202,7 +202,7 @@ class StreamedAnswer(Answer):
 
 
 class ChoicesAnswer(StreamedAnswer):
-    """Of completions and chats, in `body_format`; `options` add to the events of a stream."""
+    """The answer of completions and chats, in `body_format`; `options` add to the events of a stream."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ class ChoicesAnswer(StreamedAnswer):
             so_far = usage(self._choices) if self._options.continuous_usage_stats else None
             extra = {"usage": so_far, **extra}
         body = {**envelope(self._format, self._format.chunk_object, choices, self._fingerprint), **extra}
-        if self._options.include_obfuscation:  # fills up to whole blocks: a chunk's size does not tell its text
+        if self._options.include_obfuscation:  # pads to whole blocks, so that sizes do not reveal the text
             body["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(sent_event(body)) % BLOCK]
         return sent_event(body)
 
@@ -281,7 +281,7 @@ class FanIn:
         await _end(*self._tasks)
 
     async def admitted(self) -> None:
-        """Returns once every call has given its first delta, or has ended."""
+        """Returns once every call has sent its first delta or ended."""
         waiting = set(range(len(self._calls)))
         while waiting:
             number, item = await self._queue.get()
@@ -289,7 +289,7 @@ class FanIn:
             self._take(number, item, self._early)
 
     async def batches(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """(number of the call, delta) in the order of arrival; what arrived together comes together."""
+        """(number of the call, delta) in order of arrival; deltas that arrived together form one batch."""
         batch, self._early = self._early, []
         if batch:
             yield batch
@@ -301,7 +301,7 @@ class FanIn:
                     self._take(*self._queue.get_nowait(), batch)
                 except Exception:
                     if batch:
-                        yield batch  # what came before the error is the client's
+                        yield batch  # deltas before the error are still delivered
                     raise
             if batch:
                 yield batch
@@ -352,15 +352,15 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 
 async def to_its_end(work: Awaitable[Result]) -> Result:
-    """The result of a clean-up, which goes on whoever is cancelled meanwhile, however often: who is leaves after it."""
+    """The result of a clean-up, which continues even if the caller is cancelled, who then leaves after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.wait({task})  # which, cancelled, leaves the task alone
+            await asyncio.wait({task})  # cancelling `wait` does not cancel the task
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        task.exception()  # looked at, since nobody else will
+        task.exception()  # retrieved, to silence asyncio's warning
         raise cancelled
     return task.result()

@@ -1,6 +1,6 @@
-"""What a request's answers are held to: OpenAI's `response_format`, or `structured_outputs` of vLLM's server.
+"""The shape of a request's answers: OpenAI's `response_format`, or `structured_outputs` of vLLM's server.
 
-Only what can be told without a tokenizer; whether a shape can be compiled, the engine's replica says.
+Only checks that need no tokenizer; the engine's replica checks whether a shape can be compiled.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pedro.gateway.backend import AnswerShape
 if TYPE_CHECKING:
     from pedro.gateway.schemas import AnswerFormat, SamplingFields, StructuredOutputs
 
-MAX_CHARS = 100_000  # of one shape, as it is written
+MAX_CHARS = 100_000  # of one shape, as text
 ANY_OBJECT = {"type": "object"}
 _AT_REST = {
-    "use_beam_search": "beams are not held to a shape",
-    "ignore_eos": "the shape says where an answer ends",
-    "min_tokens": "the shape says where an answer ends",
+    "use_beam_search": "beam search does not support shapes",
+    "ignore_eos": "the shape determines where an answer ends",
+    "min_tokens": "the shape determines where an answer ends",
 }
 
 
 def answer_shape(request: SamplingFields) -> AnswerShape | None:
-    """None where any text will do. Raises PedroError for what is contradictory, too large or cannot be combined."""
+    """The shape; None if any text is allowed. Raises PedroError if it is contradictory, too large or not combinable."""
     form, outputs = request.response_format, request.structured_outputs
     if form is not None and form.type == "text":
         form = None
@@ -47,7 +47,7 @@ def answer_shape(request: SamplingFields) -> AnswerShape | None:
 
 
 def check_beside(request: SamplingFields, field: str) -> None:
-    """Raise PedroError for what cannot be combined with a shape, which `field` asked for."""
+    """Raise PedroError for fields that cannot be combined with a shape, which `field` requests."""
     for name, reason in _AT_REST.items():
         if getattr(request, name):
             raise PedroError(f"{name}: not together with {field}, since {reason}; leave one out", param=name)

@@ -1,4 +1,4 @@
-"""Puts the gateway together: edge, errors, routes. The wiring only; each part is in a file of its own."""
+"""Assembles the gateway: edge, errors, routes. Only the wiring; each part has its own file."""
 
 from __future__ import annotations
 
@@ -55,31 +55,31 @@ log = logging.getLogger("pedro.gateway")
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    max_body_bytes: int = 8 * 2**20  # more is a 413
-    body_timeout_s: float = 60.0  # a body that takes longer to arrive is a 408
-    max_open_requests: int = 4096  # a tenant may hold half of them, less while others hold some
+    max_body_bytes: int = 8 * 2**20  # larger ones get 413
+    body_timeout_s: float = 60.0  # a body that takes longer to arrive gets 408
+    max_open_requests: int = 4096  # a tenant may have as many as are free, so at most half
     max_choices: int = 256  # prompts × n of one request
     gateways: int = 1  # gateway processes that share the quotas
-    name: str = ""  # of this one among them
-    follow_keys_every_s: float = 0.5  # a revoked key, or a changed quota, is heard of within that time
-    backbones: Mapping[str, str] = field(default_factory=dict)  # that can be fine-tuned: by name, as a spec has them
-    dry_run_command: tuple[str, ...] = ()  # what reads a job's spec and says what it would take; none: no dry runs
+    name: str = ""  # of this gateway
+    follow_keys_every_s: float = 0.5  # revoked keys and changed quotas take effect within this time
+    backbones: Mapping[str, str] = field(default_factory=dict)  # that can be fine-tuned: spec value by name
+    dry_run_command: tuple[str, ...] = ()  # the program that estimates a job from its spec; empty: no dry runs
     dry_run_env: Mapping[str, str] = field(default_factory=dict)
-    storage: str | None = None  # a folder or fsspec URL for uploaded files; none: there are no files
-    max_file_bytes: int = 512 * 2**20  # of one uploaded file; more is a 413
+    storage: str | None = None  # a folder or fsspec URL for uploaded files; None: no files
+    max_file_bytes: int = 512 * 2**20  # of one uploaded file; larger ones get 413
     max_tenant_file_bytes: int = 10 * 2**30  # of all files of a tenant
     max_tenant_files: int = 10_000  # their number
     max_open_uploads: int = 4  # of a tenant
-    max_open_jobs: int = 100  # fine-tuning jobs of a tenant, those that have not ended
-    max_open_batches: int = 100  # of a tenant, those that have not ended
-    rows_of_batch: int = 8  # of one batch asked at once, while no other request is open
-    batch_rows: int = 32  # of all batches
-    batch_lease_s: float = 15.0  # a killed gateway's batches are gone on with after it
-    webhook_key_file: Path | None = None  # of the keys that signing secrets are made by; none: there are no webhooks
-    webhook_networks: tuple[str, ...] = ()  # beside the public ones, that webhooks may go to, also without TLS
-    upload_timeout_s: float = 3600.0  # for the whole of a file to arrive
-    write_usage_every_s: float = FLUSH_EVERY_S  # what a gateway that is killed has not written is lost
-    observe_every_s: float = EVERY_S  # its own figures and the engines' are read and kept for /metrics/history
+    max_open_jobs: int = 100  # unfinished fine-tuning jobs per tenant
+    max_open_batches: int = 100  # unfinished ones per tenant
+    rows_of_batch: int = 8  # concurrent rows of one batch, while no other request is open
+    batch_rows: int = 32  # concurrent rows of all batches
+    batch_lease_s: float = 15.0  # after which another gateway continues a killed one's batches
+    webhook_key_file: Path | None = None  # with the keys of signing secrets; None: no webhooks
+    webhook_networks: tuple[str, ...] = ()  # private networks that webhooks may reach, also without TLS
+    upload_timeout_s: float = 3600.0  # for a whole file to arrive
+    write_usage_every_s: float = FLUSH_EVERY_S  # a killed gateway loses what it has not written
+    observe_every_s: float = EVERY_S  # interval of the samples in /metrics/history
     send_request_id: bool = True  # false behind a server that adds x-request-id itself, as Ray Serve's proxy does
 
 
@@ -88,7 +88,7 @@ def create_app(
 ) -> FastAPI:
     """The gateway as an ASGI application.
 
-    `backend_provider` is asked at each request, on the event loop, so it must not block; it may raise a PedroError
+    `backend_provider` is called for each request, on the event loop, so it must not block; it may raise a PedroError
     while there is no backend, and `/ready` is 503 until it returns one that is ready.
     """
     settings = settings or GatewaySettings()
@@ -170,9 +170,9 @@ def _webhooks(store: Store, settings: GatewaySettings, metrics: GatewayMetrics) 
 
 
 def _sweep(files: Files) -> None:
-    """Remove what uploads left behind whose process was killed."""
+    """Remove files of uploads whose process was killed."""
     try:
         if removed := files.sweep():
-            log.info("%d uploads that were cut off are removed", removed)
+            log.info("removed %d incomplete uploads", removed)
     except PedroError as error:
-        log.warning("uploads that were cut off could not be looked for: %s", error.message)
+        log.warning("could not look for incomplete uploads: %s", error.message)

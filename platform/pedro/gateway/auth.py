@@ -1,6 +1,7 @@
 """Authenticates a caller by its bearer key and checks the key's scope.
 
-A key is known once it was asked for, and a revoked one fails once the gateway has heard of it (`key_cache.py`).
+Keys are cached after their first lookup; a revoked key fails once the gateway has read the change feed
+(`key_cache.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pedro.gateway.quotas import admit
 from pedro.refs import ModelRef
 from pedro.store import ADMIN, NO_QUOTA, Actor, KeyRecord, Quota, Store
 
-CALLER = "pedro.caller"  # in the scope of a request that this process makes: who asks; a server puts nothing there
+CALLER = "pedro.caller"  # scope key of in-process requests: their caller; servers never set it
 
 
 @dataclass(frozen=True)
 class Principal:
-    """The caller: a key's tenant and scopes, the models that it may name, and how much both may use."""
+    """The caller: a key's tenant, scopes, allowed models and quotas."""
 
     key_id: str
     tenant: str
@@ -33,7 +34,7 @@ class Principal:
     key_quota: Quota = NO_QUOTA
     tenant_quota: Quota = NO_QUOTA
     models: frozenset[str] | None = None
-    """The only ones that this caller may name, as `tenant.adapter`; None: what its view has, and the backbone."""
+    """The only models that this caller may name, as `tenant.adapter`; None: all in its view, and the backbone."""
 
     @classmethod
     def of(cls, key: KeyRecord, tenant_quota: Quota) -> Principal:
@@ -60,7 +61,7 @@ class Authenticator:
         self._last_used = LastUsed(store)
 
     async def __call__(self, authorization: str | None) -> Principal:
-        """Raises AuthenticationError for no key, an unknown one, an expired or a revoked one."""
+        """Raises AuthenticationError if the key is missing, unknown, expired or revoked."""
         key, tenant_quota = await self._keys.find(_bearer(authorization))
         self._last_used.note(key.id)
         return Principal.of(key, tenant_quota)
@@ -73,7 +74,7 @@ class Authenticator:
 def require(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
     """A FastAPI dependency: the caller, whose key must have one of `scopes`; admin keys have every scope.
 
-    It comes before the body is read, so that a stranger's never is, and counts the request as one of its tenant's.
+    Runs before the body is read, so that no body is read without a valid key, and counts the request for its tenant.
     """
 
     async def caller(request: Request) -> Principal:
@@ -91,7 +92,7 @@ def require(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
 
 
 def counted(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
-    """As `require`; besides, a tenant's call is a request of its quota. An operator is not held up."""
+    """As `require`, and also counts the call against the tenant's request quota. Operators have none."""
     required = require(*scopes)
 
     async def caller(request: Request) -> Principal:
@@ -104,18 +105,18 @@ def counted(*scopes: str) -> Callable[[Request], Awaitable[Principal]]:
 
 
 def backend_for(request: Request, caller: Principal) -> Backend:
-    """The backend as this caller may see it: every route that names or lists models asks here for it."""
+    """The backend restricted to this caller: used by every route that names or lists models."""
     return backend_of(request.app, caller)
 
 
 def backend_of(app: FastAPI, caller: Principal) -> Backend:
-    """The same, for who is not in a request."""
+    """The same, outside a request."""
     backend: Backend = app.state.backend()
     return backend if caller.models is None else AllowedBackend(backend, caller.models)
 
 
 def actor_of(request: Request, caller: Principal) -> Actor:
-    """Who changes something, as the audit names it."""
+    """The actor of a change, for the audit."""
     return Actor.of_key(caller.tenant, caller.key_id, request_id_of(request.scope))
 
 

@@ -1,7 +1,7 @@
-"""What the gateway asks of whatever generates tokens, independent of HTTP, of the engine and of where it runs.
+"""The gateway's interface to the serving layer, independent of HTTP, of the engine and of where it runs.
 
-An implementation conforms by shape (`typing.Protocol`); nothing is inherited. Errors meant for the tenant are
-`pedro.errors.PedroError`; anything else is a fault of ours, and the tenant sees only that it happened.
+A structural interface (`typing.Protocol`); nothing is inherited. Errors meant for the tenant are
+`pedro.errors.PedroError`; any other is an internal error, whose text the tenant does not see.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from pedro.store import Actor
 
 ALL_TENANTS = "*"
-"""The tenant named by a call made with an admin key: every tenant's models are visible to it."""
+"""The tenant of calls with an admin key, to which every tenant's models are visible."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """A name that can stand in a request's `model` field."""
+    """A valid value of a request's `model` field."""
 
     id: str
     created: int  # Unix seconds
     owned_by: str  # the tenant, or "pedro" for the backbone
     backbone: str
-    version: int | None = None  # of the adapter that the name means now; None for the backbone
+    version: int | None = None  # of the adapter to which the name resolves now; None for the backbone
     digest: str | None = None
     max_model_len: int | None = None  # tokens of prompt and answer together
 
@@ -41,7 +41,7 @@ class VersionCard:
     method: str = ""
     status: str = ""
     aliases: tuple[str, ...] = ()
-    fault: str | None = None  # why the server cannot serve it, as far as it has tried
+    fault: str | None = None  # why the server could not serve it, if it has tried
     metrics: Mapping[str, float] = field(default_factory=dict)
     parent: str | None = None  # the version whose weights its training started from
 
@@ -54,11 +54,11 @@ class AdapterCard:
     aliases: Mapping[str, int]
     versions: tuple[VersionCard, ...] = ()
     canary: Mapping[str, float] | None = None  # {"version": 8, "weight": 0.1}: its share of the champion's requests
-    shadow: Mapping[str, float | None] | None = None  # likewise, with how what it answered differs
+    shadow: Mapping[str, float | None] | None = None  # likewise, with counts of differing answers
 
 
 class AnswerShape(NamedTuple):
-    """What an answer is held to; `param` is the field that asked for it.
+    """The shape of an answer; `param` is the field that requested it.
 
     `kind` and `text`: "json" and a JSON schema, "regex" and a regular expression, "choice" and a JSON list of texts,
     "grammar" and a grammar in the syntax of Lark or of GBNF.
@@ -71,9 +71,9 @@ class AnswerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools that a prompt tells of, in OpenAI's form, and whether the answer may call some.
+    """The tools in a prompt, in OpenAI's form, and whether the answer may call them.
 
-    `must_call`: it calls one, or this one; "" is any, None leaves it to the model. `parallel`: several at once.
+    `must_call`: the tool that must be called; "" is any, None leaves it to the model. `parallel`: several at once.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -89,20 +89,20 @@ class GenerateCall:
     `request_id` is unique and never chosen by a client, so one tenant cannot name another's request; `trace_id` is
     the `x-request-id` that the client sees and may have chosen: for logs only.
     `tenant` says whose models may be used (`ALL_TENANTS` for an admin key).
-    Exactly one of `prompt` and `messages` is set. Token ids are taken as they are; text is encoded as in training.
-    `params` holds only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
+    Exactly one of `prompt` and `messages` is set. Token ids are used unchanged; text is encoded as in training.
+    `params` contains only what the request set, under the names of the engine's `SamplingParams`: max_tokens,
     temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, ignore_eos, min_tokens, logprobs (number of
-    alternatives; 0 is the chosen token's alone), presence_penalty, frequency_penalty, repetition_penalty, logit_bias
-    (by token id), pooling ("last" or "mean", with max_tokens 0: an embedding is all that is made).
+    alternatives; 0 is only the chosen token's), presence_penalty, frequency_penalty, repetition_penalty, logit_bias
+    (by token id), pooling ("last" or "mean", with max_tokens 0: only an embedding is computed).
     `conditioning_length`: the first N tokens of the prompt condition the vectors; None: all of them.
-    `conditioning`: what of `messages` does, "prompt" or "system"; None: what the adapter was trained on.
+    `conditioning`: which part of `messages` does, "prompt" or "system"; None: as the adapter was trained.
     `timeout_s`: the call ends in a DeadlineError after this time; at most the server's own limit, which None means.
     `echo`: the deltas of every choice begin with the prompt's own text, token ids and logprobs.
-    `cache_salt`: the call shares what is read of its prompt only with calls of its tenant that have the same.
-    `user`: whom the client asks for, if it says so; a canary answers the same ones each time.
-    `tools`: what the answer to `messages` may call; None: nothing.
-    `shape`: what every choice is held to, unless it ends early; None: any text.
-    `meter`: told what the call uses; it stays in the gateway's process.
+    `cache_salt`: the call shares its cached prefix only with calls of its tenant that have the same salt.
+    `user`: the client's end user, if given; a canary consistently answers the same users.
+    `tools`: tools that the answer to `messages` may call; None: none.
+    `shape`: what every choice must conform to, unless it ends early; None: any text.
+    `meter`: receives the call's usage; it stays in the gateway's process.
     """
 
     request_id: str
@@ -125,7 +125,7 @@ class GenerateCall:
 
 
 class Alternative(NamedTuple):
-    """A token that could have stood at a position. `raw` are its bytes where the text alone cannot tell them."""
+    """A candidate token at a position. `raw` are its bytes if the text does not determine them."""
 
     token: str
     logprob: float
@@ -143,12 +143,12 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Delta:
-    """What one choice gained since its last delta.
+    """One choice's new output since its last delta.
 
     `finish_reason` ("stop" or "length") is set on the last delta of the choice and on no other.
-    `prompt_tokens` and `completion_tokens` are totals of this choice so far; `cached_tokens` of the prompt's were
-    not read again. `logprobs` belong to `token_ids`, one each, when the call asked for them. `fingerprint` names the
-    adapter version and digest that answered.
+    `prompt_tokens` and `completion_tokens` are totals of this choice so far; `cached_tokens` of the prompt were found
+    in the prefix cache. `logprobs` has one entry per token of `token_ids`, if the call requested them. `fingerprint`
+    names the adapter version and digest that answered.
     """
 
     index: int
@@ -160,13 +160,13 @@ class Delta:
     completion_tokens: int = 0
     cached_tokens: int = 0
     fingerprint: str | None = None
-    queue_s: float | None = None  # on the last one: how long the choice waited in the engine
-    embedding: bytes | None = None  # on the last one, where asked for: float32, little-endian
+    queue_s: float | None = None  # on the last delta: how long the choice waited in the engine
+    embedding: bytes | None = None  # on the last delta, if requested: float32, little-endian
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """What a prompt becomes. `token_strs` are the vocabulary's own pieces, one an id; None where they are not had."""
+    """The tokens of a prompt. `token_strs` are the vocabulary's pieces, one per id; None if not available."""
 
     ids: tuple[int, ...]
     max_model_len: int
@@ -175,16 +175,16 @@ class TokenizeResult:
 
 @dataclass(frozen=True)
 class AdapterResidence:
-    """One adapter version on one engine replica. A version that a replica does not have has no residence there."""
+    """One adapter version on one engine replica. Versions that a replica does not have are not listed."""
 
     name: str  # tenant.adapter
     version: int
     digest: str
     replica: str
-    state: str  # "loading", "ready", "draining": the adapter pool's own words
+    state: str  # "loading", "ready", "draining": states of the adapter pool
     bytes: int  # of the replica's adapter budget; 0 while it loads
     pinned: bool  # by an operator: never evicted
-    uses: int  # requests that hold it now
+    uses: int  # requests that hold it
 
 
 class Backend(Protocol):
@@ -199,10 +199,10 @@ class Backend(Protocol):
         ...
 
     def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
-        """Deltas of the `n` choices, interleaved as they come.
+        """Deltas of the `n` choices, interleaved in order of arrival.
 
         The first delta comes after admission: an error before it becomes an HTTP status, one after it an event in
-        the stream. Cancelling the consumer or `aclose()` frees whatever the call holds.
+        the stream. Cancelling the consumer or `aclose()` frees all resources of the call.
         """
         ...
 
@@ -213,10 +213,10 @@ class Backend(Protocol):
         prompt: str | tuple[Mapping[str, str], ...],
         add_special_tokens: bool,
     ) -> TokenizeResult:
-        """The ids of a text, or of messages as `generate` would render them (`add_special_tokens` is then no matter).
+        """The ids of a text, or of messages as `generate` would render them (`add_special_tokens` is then ignored).
 
-        With `add_special_tokens` a text has the ids that `generate` gives it, without it none that the text does not
-        spell. `model` None is the backbone. Raises as `get_model` does.
+        With `add_special_tokens` a text is encoded as in `generate`, without it no special tokens are added. `model`
+        None is the backbone. Raises as `get_model` does.
         """
         ...
 
@@ -225,7 +225,8 @@ class Backend(Protocol):
         ...
 
     async def tokenizer_info(self) -> dict[str, Any]:
-        """The backbone's tokenizer_config, as JSON can hold it: tokenizer_class, eos_token, bos_token, pad_token, ...
+        """The backbone's tokenizer_config, as far as JSON can represent it: tokenizer_class, eos_token, bos_token,
+        pad_token, ...
 
         Special tokens are strings; `chat_template` is there if the tokenizer has one.
         """
@@ -238,54 +239,54 @@ class Backend(Protocol):
         ...
 
     async def residents(self, tenant: str) -> list[AdapterResidence]:
-        """Every adapter version of `tenant` that a replica holds now."""
+        """Every adapter version of `tenant` that is on a replica now."""
         ...
 
     async def load_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Makes the version that `ref` (as in a request's `model`) means now resident on every replica.
+        """Makes the version to which `ref` (as in a request's `model`) resolves now resident on every replica.
 
-        Returns once it is; raises what a request would meet whose adapter cannot be loaded. This and the three that
-        follow answer with the residences of that version.
+        Returns once it is; raises the error of a request whose adapter cannot be loaded. This and the following three
+        methods return the residences of that version.
         """
         ...
 
     async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Loads it and keeps it from being evicted, until `unpin_adapter`; doing so again changes nothing."""
+        """Loads it and prevents its eviction until `unpin_adapter`; idempotent."""
         ...
 
     async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]: ...
 
     async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Gives its memory back, pinned or not; requests that run keep what they hold, the next one loads it anew."""
+        """Frees its memory, pinned or not; running requests keep it, the next request reloads it."""
         ...
 
     async def promote(
         self, tenant: str, name: str, version: int, *, expected: int | None = None, actor: Actor | None = None
     ) -> AdapterCard:
-        """Makes `version` the champion, and the champion `previous`. Raises NotFoundError, or ConflictError where the
-        champion is another one than `expected`.
+        """Makes `version` the champion, and the champion `previous`. Raises NotFoundError, or ConflictError if the
+        champion is not `expected`.
 
-        This and the four that follow enter `actor` into the audit; None: who runs this process.
+        This and the following four methods record `actor` in the audit; None: the user of this process.
         """
         ...
 
     async def rollback(self, tenant: str, name: str, *, actor: Actor | None = None) -> AdapterCard:
-        """Swaps champion and previous. Raises NotFoundError, or ConflictError where there is no previous one."""
+        """Swaps champion and previous. Raises NotFoundError, or ConflictError if there is no previous one."""
         ...
 
     async def set_canary(
         self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
     ) -> AdapterCard:
-        """Has `version` answer a share of what is asked of the champion; 0 ends it.
+        """Lets `version` answer a share of the champion's requests; 0 ends it.
 
-        Raises NotFoundError, or ConflictError where there is no champion or it is the version.
+        Raises NotFoundError, or ConflictError if there is no champion or it is the version.
         """
         ...
 
     async def set_shadow(
         self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
     ) -> AdapterCard:
-        """Has `version` asked a share of what the champion answers, for nobody to see; 0 ends it.
+        """Sends `version` copies of a share of the champion's requests, discarding its answers; 0 ends it.
 
         Raises as `set_canary` does.
         """
@@ -303,9 +304,9 @@ class Backend(Protocol):
         ...
 
     async def ready(self) -> bool:
-        """True once a request would be answered; false (or an error) keeps traffic away."""
+        """True once requests can be answered; while false (or an error), no traffic should be routed here."""
         ...
 
     async def degraded(self) -> bool:
-        """True while it answers by what it knew before, since what says what names mean is away."""
+        """True while names are resolved from cached data because the database is away."""
         ...

@@ -1,4 +1,4 @@
-"""Rows of a batch: read from its file with what is wrong with them, and written as lines of its answers. Asks nobody.
+"""Rows of a batch: reads and validates them from its file, and formats its answers. Pure functions.
 
 Reference: https://platform.openai.com/docs/api-reference/batch/request-input and .../batch/request-output
 """
@@ -29,12 +29,12 @@ class BatchRow:
     line: int
     custom_id: str
     model: str
-    body: bytes  # JSON, as a client would send it
+    body: bytes  # JSON, as a client sends it
 
 
 @dataclass(frozen=True)
 class RowMistake:
-    """Why a file cannot be a batch; `line` None: what is wrong is not one line."""
+    """Why a file cannot be a batch; `line` None: the error is not in a single line."""
 
     code: str
     message: str
@@ -51,7 +51,7 @@ class _Wrong(Exception):
 
 
 def read_rows(stream: BinaryIO, endpoint: str, max_bytes: int) -> Iterator[BatchRow | RowMistake]:
-    """Each line that is not blank, as a row or as what is wrong with it."""
+    """Each non-blank line, as a row or as its mistake."""
     seen: set[bytes] = set()
     for number, line in _lines(stream, max_bytes):
         try:
@@ -61,13 +61,13 @@ def read_rows(stream: BinaryIO, endpoint: str, max_bytes: int) -> Iterator[Batch
 
 
 def answer_line(batch_id: str, row: BatchRow, reply: Reply, request_id: str) -> str:
-    """What a file of answers says of a row that was asked."""
+    """The line of an answered row, for the output file."""
     response = {"status_code": reply.status, "request_id": request_id, "body": reply.json()}
     return _line(batch_id, row, response, None)
 
 
 def unasked_line(batch_id: str, row: BatchRow, code: str, message: str) -> str:
-    """What a file of errors says of a row that was not answered."""
+    """The line of an unanswered row, for the error file."""
     return _line(batch_id, row, None, {"code": code, "message": message})
 
 
@@ -78,7 +78,7 @@ def _line(batch_id: str, row: BatchRow, response: dict[str, Any] | None, error: 
 
 
 def _lines(stream: BinaryIO, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Lines by number, blank ones left out; of one that is too long as much as tells that."""
+    """Numbered non-blank lines; lines over the limit are truncated just beyond it."""
     number, kept = 1, b""
     while block := stream.read(BLOCK):
         first, *rest = block.split(b"\n")
@@ -111,7 +111,7 @@ def _row(number: int, line: bytes, endpoint: str, max_bytes: int, seen: set[byte
         raise _Wrong("missing_custom_id" if custom_id is None else "invalid_custom_id", message, "custom_id")
     digest = hashlib.sha256(custom_id.encode(errors="replace")).digest()[:16]
     if digest in seen:
-        message = f"custom_id: {_shown(custom_id)} is that of an earlier line; each needs one of its own"
+        message = f"custom_id: {_shown(custom_id)} was used by an earlier line; it must be unique"
         raise _Wrong("duplicate_custom_id", message, "custom_id")
     seen.add(digest)
     if value.get("method") != "POST":
@@ -126,7 +126,7 @@ def _row(number: int, line: bytes, endpoint: str, max_bytes: int, seen: set[byte
     if not isinstance(model, str):
         raise _Wrong("missing_model", f"body.model: expected a model's name, got {_shown(model)}", "body.model")
     if body.get("stream"):
-        raise _Wrong("stream_not_supported", "body.stream: a batch has whole answers; leave it out", "body.stream")
+        raise _Wrong("stream_not_supported", "body.stream: batches do not stream; leave it out", "body.stream")
     return BatchRow(number, custom_id, model, json.dumps(body).encode())
 
 

@@ -1,7 +1,7 @@
-"""Works on batches beside the gateway's requests: leases them, starts and ends the work on each.
+"""Processes batches beside the gateway's requests: leases them, starts and ends the work on each.
 
-Every gateway runs one. What it leases it renews while it lives; a batch of a gateway that was killed is another one's,
-or the next one's, once the lease is over. A tenant's batches are worked on one after another.
+Every gateway runs one and renews its leases; once the lease of a killed gateway expires, another one takes the batch. A
+tenant's batches are processed one after another.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from pedro.store import BatchRecord, Store
 
 POLL_S = 2.0
-MOST = 32  # batches at work in one gateway; others are another one's
-MOST_WAITING = 256  # beside them: those of which no row can be asked now
-RETRY_S = 5.0  # before a batch is gone on with that met something that does not answer
+MOST = 32  # active batches per gateway
+MOST_WAITING = 256  # additional batches of which no row can be sent now
+RETRY_S = 5.0  # before continuing a batch after a service did not answer
 log = logging.getLogger("pedro.gateway")
 
 
 @dataclass
 class _Active:
-    """A batch at work under one lease; how it is being ended, if it is."""
+    """An active batch under one lease, and how it is being ended, if it is."""
 
     work: BatchWork
     fence: int
@@ -63,24 +63,24 @@ class BatchRunner:
             rows=asyncio.Semaphore(settings.batch_rows),
         )
         self._active: dict[str, _Active] = {}
-        self._loop = PollLoop(self._look, min(POLL_S, self._lease_s / 4), "batches are not looked after")
+        self._loop = PollLoop(self._look, min(POLL_S, self._lease_s / 4), "batches are not processed")
 
     def start(self) -> None:
         """Look for batches from now on."""
         self._loop.start()
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Wake up: there is work."""
         self._loop.wake()
 
     async def close(self) -> None:
-        """Leave every batch where it stands, for whoever takes it next."""
+        """Stop every batch where it is, for the next gateway."""
         await self._loop.end(active.task for active in self._active.values())
-        with contextlib.suppress(PedroError):  # then the leases run out
+        with contextlib.suppress(PedroError):  # then the leases expire
             await asyncio.to_thread(self._store.release_batches, self._owner)
 
     async def _look(self) -> None:
-        """Have the work that is going on be that of the batches which are leased, as they stand."""
+        """Start and stop work to match the leased batches and their state."""
         before = set(self._active)
         held = await asyncio.to_thread(self._lease)
         for batch_id in self._active.keys() - {batch.id for batch, _ in held}:
@@ -91,7 +91,7 @@ class BatchRunner:
                 active.work.caller = caller
                 continue
             if active is None and batch.id in before:
-                continue  # it ended meanwhile: how it stands now is seen when it is looked again
+                continue  # it ended meanwhile: the next look sees its new state
             if active is not None:
                 await self._stop(batch.id)
             work = BatchWork(self._bench, batch, caller)
@@ -99,7 +99,7 @@ class BatchRunner:
             self._active[batch.id] = _Active(work, batch.fence, ending, task)
 
     def _lease(self) -> list[tuple[BatchRecord, Principal | None]]:
-        """The batches to work on, each with the holder of its key, if that has not ended. On a thread."""
+        """The batches to process, each with the caller of its key, unless that has ended. On a thread."""
         now = time.time()
         waiting = sum(active.work.only_waits for active in list(self._active.values()))
         most = MOST + min(waiting, MOST_WAITING)
@@ -112,8 +112,8 @@ class BatchRunner:
         try:
             await (work.run() if ending is None else work.end(ending))
         except BatchLostError:
-            log.info("%s is another gateway's by now, or has ended", batch_id)
-        except Exception as error:  # whatever it is: it is gone on with
+            log.info("%s was taken by another gateway or has ended", batch_id)
+        except Exception as error:  # any error: the batch is continued later
             log.warning("%s stands: %s", batch_id, error, exc_info=not isinstance(error, PedroError))
             await asyncio.sleep(RETRY_S)
         self._active.pop(batch_id, None)

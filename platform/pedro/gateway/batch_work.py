@@ -1,7 +1,7 @@
-"""The work on one batch, from where it stands to its end: check its rows, ask them, write out the answers.
+"""The work on one batch, from its current state to its end: check its rows, send them, write out the answers.
 
-Each step can be made again: a batch that changes hands in any of them is gone on with by the next gateway, from the
-answers that are kept. A row whose asking was cut off is asked again; it is answered once.
+Each step can be repeated: if a batch changes gateways, the next one continues from the stored answers. An interrupted
+row is sent again, but answered only once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from pedro.gateway.uploads import FileThreads
     from pedro.store import FileRecord, Store
 
-READ_TOGETHER, READ_BYTES = 64, 1 << 20  # rows read at a time, and bytes after which no further one is
-MAX_MISTAKES = 100  # that are told
-AWAY = (429, 503, 504)  # statuses of what may be otherwise in a while
-TRIES = 3  # of a row that met a fault of ours
+READ_TOGETHER, READ_BYTES = 64, 1 << 20  # rows read at a time, and bytes after which to stop
+MAX_MISTAKES = 100  # that are reported
+AWAY = (429, 503, 504)  # statuses that may change on a later attempt
+TRIES = 3  # of a row that got an internal error
 LONGEST_WAIT_S = 30.0
-MOST_ANSWERED = 1 << 30  # characters of a batch's answers that the database keeps until they are written out
-ASIDE_S = 0.05  # how often a row looks whether others are answered
+MOST_ANSWERED = 1 << 30  # characters of a batch's answers stored in the database before they are written out
+ASIDE_S = 0.05  # how often a row checks whether other requests are open
 UNASKED = {
     BatchStatus.EXPIRED: ("batch_expired", "The completion window ended before this request was answered."),
     BatchStatus.CANCELLED: ("batch_cancelled", "The batch was cancelled before this request was answered."),
@@ -45,7 +45,7 @@ UNASKED = {
 
 
 class BatchLostError(Exception):
-    """The batch is not this gateway's any more."""
+    """The batch no longer belongs to this gateway."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Ending:
 
 @dataclass
 class Bench:
-    """What the work on all batches of one gateway shares."""
+    """Shared resources of all batches of one gateway."""
 
     app: FastAPI
     store: Store
@@ -67,18 +67,18 @@ class Bench:
     open_requests: OpenRequests
     clock: Callable[[], float]
     max_body_bytes: int
-    rows_of_batch: int  # of one batch asked at once, while no other request is open
-    rows: asyncio.Semaphore  # of all batches
+    rows_of_batch: int  # concurrent rows of one batch, while no other request is open
+    rows: asyncio.Semaphore  # limit for all batches
     asking: int = 0
 
     @property
     def is_busy(self) -> bool:
-        """Whether requests are open that are not ours."""
+        """Whether requests other than batch rows are open."""
         return self.open_requests.total > self.asking
 
 
 class BatchWork:
-    """One batch, under one lease. `caller`, the holder of its key, may be renewed from outside."""
+    """One batch, under one lease. `caller`, of the batch's key, may be replaced from outside."""
 
     def __init__(self, bench: Bench, batch: BatchRecord, caller: Principal | None) -> None:
         self._bench, self._batch, self.caller = bench, batch, caller
@@ -86,26 +86,26 @@ class BatchWork:
         self._ready: deque[BatchRow] = deque()
         self._answered: set[int] = set()
         self._size = 0  # of the answers, in characters
-        self._asking = self._waiting = 0  # rows that are asked, or about to be; rows that are asked again later
+        self._asking = self._waiting = 0  # rows sent or about to be; rows to be sent again later
         self._reading = asyncio.Lock()
 
     @property
     def only_waits(self) -> bool:
-        """Whether none of its rows can be asked now, for instance since a budget is used up."""
+        """Whether none of its rows can be sent now, for instance because a budget is used up."""
         return self._waiting > 0 and not self._asking
 
     @property
     def _is_full(self) -> bool:
-        """Whether its answers are more than the database is to keep."""
+        """Whether its answers exceed what the database may store."""
         return self._size > MOST_ANSWERED
 
     @property
     def _asker(self) -> Principal:
-        assert self.caller is not None, "a batch whose key has ended is ended"
+        assert self.caller is not None, "batches of ended keys are ended"
         return self.caller
 
     async def run(self) -> None:
-        """To its end. Raises BatchLostError, and PedroError where the store or the storage does not answer."""
+        """Run to the end. Raises BatchLostError, or PedroError if the store or the storage does not answer."""
         store, batch = self._bench.store, self._batch
         try:
             if batch.status is BatchStatus.VALIDATING:
@@ -128,11 +128,11 @@ class BatchWork:
             await self.end(Ending(BatchStatus.FAILED, (RowMistake("input_file_gone", reason, param="input_file_id"),)))
 
     async def end(self, ending: Ending) -> None:
-        """Write out what is answered, and what is not, and enter the end."""
+        """Write the output and error files, and record the end."""
         await self._bench.threads.run(self._end, ending)
 
     async def _check(self) -> tuple[int, list[RowMistake]]:
-        """How many rows there are, and what is wrong with the file."""
+        """Count the rows and validate the file."""
         stream = await self._open()
         try:
             total, models, mistakes = await self._bench.threads.run(self._scan, stream)
@@ -151,7 +151,7 @@ class BatchWork:
         return total, sorted(mistakes, key=lambda one: one.line or 0)[:MAX_MISTAKES]
 
     def _scan(self, stream: Any) -> tuple[int, dict[str, int], list[RowMistake]]:
-        """How many rows, which models first named where, and mistakes. On a thread."""
+        """The number of rows, each model's first line, and mistakes. On a thread."""
         total, models, mistakes = 0, dict[str, int](), list[RowMistake]()
         for row in read_rows(stream, self._batch.endpoint, self._bench.max_body_bytes):
             if isinstance(row, RowMistake):
@@ -169,7 +169,7 @@ class BatchWork:
         return total, models, mistakes
 
     async def _ask_rows(self) -> None:
-        """Have every row answered that is not yet; a few at once."""
+        """Send the unanswered rows, a few at a time."""
         bench, batch = self._bench, self._batch
         self._answered = await asyncio.to_thread(bench.store.answered_lines, batch.id)
         self._size = await asyncio.to_thread(bench.store.answers_size, batch.id)
@@ -187,7 +187,7 @@ class BatchWork:
             stream.close()
 
     async def _ask_in_turn(self, place: int) -> None:
-        """One row after another. All but the first stand aside while other requests are open."""
+        """Send one row after another. All but the first worker pause while other requests are open."""
         while not self._is_full and (row := await self._next_row()):
             while place and self._bench.is_busy:
                 await asyncio.sleep(ASIDE_S)
@@ -246,7 +246,7 @@ class BatchWork:
         return await self._bench.threads.run(files.open, record)
 
     def _end(self, ending: Ending) -> None:
-        """On a thread: bytes first, then rows and state together; what does not become a file is removed."""
+        """On a thread: write bytes first, then rows and state together; remove files that were not recorded."""
         bench, batch = self._bench, self._batch
         kept: list[FileRecord | None] = []
         try:
@@ -262,7 +262,7 @@ class BatchWork:
             raise
 
     def _failures(self, ending: Ending) -> Iterator[str]:
-        """Answers that are errors, then a line for each row that has no answer."""
+        """Answers that are errors, then a line for each unanswered row."""
         bench, batch = self._bench, self._batch
         yield from bench.store.read_answers(batch.id, good=False)
         if ending.status not in UNASKED or (ending.status is BatchStatus.FAILED and not batch.total):
@@ -270,15 +270,15 @@ class BatchWork:
         answered = bench.store.answered_lines(batch.id)
         try:
             stream = bench.files.open(bench.files.get(batch.input_file_id, batch.tenant))
-        except NotFoundError:  # what is not there cannot be named
+        except NotFoundError:  # a deleted file has no rows to list
             return
         with stream:
-            for row in islice(read_rows(stream, batch.endpoint, bench.max_body_bytes), MAX_ROWS):  # it may be unchecked
+            for row in islice(read_rows(stream, batch.endpoint, bench.max_body_bytes), MAX_ROWS):  # may be unchecked
                 if isinstance(row, BatchRow) and row.line not in answered:
                     yield unasked_line(batch.id, row, *UNASKED[ending.status])
 
     def _written(self, lines: Iterator[str], what: str) -> FileRecord | None:
-        """A file of these lines that nobody sees yet; of none, no file."""
+        """A file of these lines, not visible yet; None if there are none."""
         upload, files, batch = None, self._bench.files, self._batch
         try:
             for line in lines:
@@ -294,7 +294,7 @@ class BatchWork:
 
 
 def _some(rows: Iterator[BatchRow | RowMistake]) -> list[BatchRow | RowMistake]:
-    """The next ones: a row may be as large as a request."""
+    """The next rows, limited by bytes too: a row may be as large as a request."""
     block: list[BatchRow | RowMistake] = []
     size = 0
     for row in islice(rows, READ_TOGETHER):
@@ -306,12 +306,12 @@ def _some(rows: Iterator[BatchRow | RowMistake]) -> list[BatchRow | RowMistake]:
 
 
 def _wait_s(reply: Reply, tries: int) -> float | None:
-    """How long to wait before a row is asked again; None: this is its answer."""
+    """How long to wait before a row is sent again; None: this is its answer."""
     backoff = min(2.0 ** min(tries - 1, 10), LONGEST_WAIT_S)
     after = reply.headers.get("retry-after")
-    if reply.status in (429, 503) and after is not None:  # over a quota, or a full queue: it has time
+    if reply.status in (429, 503) and after is not None:  # over a quota, or a full queue: wait
         return min(max(float(after), backoff), LONGEST_WAIT_S)
-    if reply.status == 503 and _code(reply) != "overloaded":  # the engine is away
+    if reply.status == 503 and _code(reply) != "overloaded":  # the engine is not available
         return backoff
     if reply.status >= 500 and _code(reply) != "adapter_unusable" and tries < TRIES:
         return backoff
@@ -323,7 +323,7 @@ def _code(reply: Reply) -> str:
 
 
 def ending_of(batch: BatchRecord, now: float, caller: Principal | None) -> Ending | None:
-    """How it is to be ended now; None: it goes on."""
+    """How the batch must be ended now; None: it continues."""
     if batch.status is BatchStatus.FINALIZING:
         return None
     if batch.status is BatchStatus.CANCELLING:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from pedro.gateway.backend import Alternative, Delta, TokenLogprob
 
-IMPOSSIBLE = -9999.0  # stands for minus infinity, which JSON has not
+IMPOSSIBLE = -9999.0  # stands for minus infinity, which JSON lacks
 
 
 @dataclass
 class Choice:
-    """One choice as it grows. `offset`: characters of the tokens whose logprobs were shown."""
+    """One growing choice. `offset`: characters of the tokens whose logprobs were sent."""
 
     index: int
     text: list[str] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Choice:
     embedding: bytes | None = None
 
     def accept(self, delta: Delta, *, keep: bool) -> None:
-        """Takes what is new; `keep` it for a whole answer."""
+        """Adds a delta; `keep` it for a non-streamed answer."""
         assert self.finish_reason is None, f"choice {self.index} continued after its finish_reason"
         self.finish_reason = delta.finish_reason
         self.queue_s = delta.queue_s
@@ -57,7 +57,7 @@ class BodyFormat(Protocol):
     created: int
 
     def chunks(self, choice: Choice, delta: Delta) -> list[dict[str, Any]]:
-        """The `choices` entries that tell a client of this delta, one a chunk."""
+        """The `choices` entries of this delta, one per chunk."""
         ...
 
     def choice(self, choice: Choice) -> dict[str, Any]: ...
@@ -102,7 +102,7 @@ class ChatFormat:
         return entries
 
     def opening(self, choice: Choice) -> list[dict[str, Any]]:
-        """The chunk that says who speaks, once for each choice."""
+        """The chunk with the role, once for each choice."""
         if choice.started:
             return []
         choice.started = True
@@ -131,9 +131,9 @@ def envelope(
 
 
 def usage(choices: list[list[Choice]]) -> dict[str, Any]:
-    """Tokens of the answer to `choices[prompt][choice]`; a prompt counts once however many choices it has.
+    """Token counts of `choices[prompt][choice]`; a prompt counts once, however many choices it has.
 
-    `cached_tokens` are those of the prompts that had been read before.
+    `cached_tokens` are prompt tokens found in the prefix cache.
     """
     prompt_tokens = sum(max(choice.prompt_tokens for choice in of_prompt) for of_prompt in choices)
     cached_tokens = sum(max(choice.cached_tokens for choice in of_prompt) for of_prompt in choices)
@@ -175,7 +175,7 @@ def _alternatives(chosen: str, logprob: float, top: tuple[Alternative, ...]) -> 
 
 
 def _token_name(token: TokenLogprob | Alternative) -> str:
-    """The text, or OpenAI's `bytes:\\x..` for a piece of a character, so that two such pieces stay two keys."""
+    """The text, or OpenAI's `bytes:\\x..` for part of a character, so that such parts remain distinct keys."""
     if token.raw is not None:
         try:
             token.raw.decode()
@@ -190,7 +190,7 @@ def _chat_token(token: TokenLogprob | Alternative) -> dict[str, Any]:
 
 
 def _finite(logprob: float | None) -> float | None:
-    """JSON has no infinity: a token that cannot occur has OpenAI's stand-in."""
+    """A JSON number: tokens that cannot occur get OpenAI's substitute for minus infinity."""
     return None if logprob is None else max(logprob, IMPOSSIBLE)
 
 

@@ -1,4 +1,4 @@
-"""What a limit leaves to be used: what every kind of bucket can do, and the one that lives in this process alone."""
+"""What is left of a limit: the interface of buckets, and the bucket of a single process."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ Clock = Callable[[], float]
 
 
 class Allowance(Protocol):
-    """One limit of one tenant or key. Times are Unix seconds of the clock that is handed in."""
+    """One limit of one tenant or key. Times are Unix seconds of the injected clock."""
 
-    what: str  # as the limit's column of the quotas is called
+    what: str  # the limit's column in the quotas table
     limit: int
 
     @property
     def window(self) -> float:
-        """The day or month that it is in, by its beginning; 0 for a limit a minute."""
+        """The start of the current day or month; 0 for limits per minute."""
 
     def left(self, now: float) -> float:
-        """What may be used now, below zero a debt; of a shared one as of when the store was asked last."""
+        """What may be used now, negative if overdrawn; of a shared limit as of the last query to the store."""
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until `amount` is left; 0 if it is now."""
+        """Seconds until `amount` is available; 0 if it is now."""
 
     def take(self, amount: int, now: float) -> bool:
-        """Use `amount`, if there is so much at hand."""
+        """Use `amount`, if that much is available locally."""
 
     def give(self, amount: float, window: float) -> None:
-        """Give back what was taken in that window and not used; below zero: what was used beyond it."""
+        """Return what was taken in that window and not used; negative: what was used beyond it."""
 
 
 class Bucket:
-    """Conforms to `Allowance`: `limit` a minute, of which `share` is this process's; it refills evenly.
+    """Implements `Allowance`: `limit` per minute, of which `share` is this process's; it refills evenly.
 
-    `refills=False`: the share of a day's or month's limit, which is renewed by making another.
+    `refills=False`: the share of a daily or monthly limit, which is renewed by creating a new bucket.
     """
 
     window = 0.0
@@ -55,7 +55,7 @@ class Bucket:
         return self._level
 
     def spent(self, now: float) -> float:
-        """What is missing of all that it holds."""
+        """How much is missing from a full bucket."""
         return self.capacity - self.left(now)
 
     def wait_s(self, amount: float, now: float) -> float:
@@ -71,7 +71,7 @@ class Bucket:
         self._level = min(self.capacity, self._level + amount)
 
     def resize(self, limit: int, now: float) -> None:
-        """Takes another limit: what is left stays, and what a higher one adds can be used at once."""
+        """Changes the limit: what is left is kept, and an increase can be used at once."""
         left, old = self.left(now), self.capacity
         self._set(limit)
         self._level = min(self.capacity, left + max(0.0, self.capacity - old))
@@ -83,7 +83,7 @@ class Bucket:
 
 
 class LocalBuckets:
-    """Buckets of this process, made when they are first asked for; a new one is full."""
+    """Buckets of this process, created on first use; a new one is full."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -93,10 +93,10 @@ class LocalBuckets:
         return len(self._buckets)
 
     def find(self, subject: str, what: str, limit: int, now: float) -> Bucket:
-        """The bucket of that limit, which may have changed."""
+        """The bucket of this limit, whose value may have changed."""
         bucket = self._buckets.get((subject, what))
         if bucket is None:
-            if len(self._buckets) >= self._most:  # full ones are dropped: a new one is full as well
+            if len(self._buckets) >= self._most:  # drop full ones: a new one is full as well
                 self._buckets = {k: b for k, b in self._buckets.items() if b.left(now) < b.capacity}
             bucket = self._buckets[subject, what] = Bucket(what, limit, now)
         elif bucket.limit != limit:
@@ -105,7 +105,7 @@ class LocalBuckets:
 
 
 def refill_s(what: str, missing: float, per_s: float, now: float) -> float:
-    """Seconds until so much of a limit comes back."""
+    """Seconds until this much of a limit has refilled."""
     if missing <= 0:
         return 0.0
     return missing / per_s if per_s else window_end(what, now) - now

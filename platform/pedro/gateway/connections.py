@@ -1,10 +1,9 @@
-"""Bounds on connections, for the HTTP server in front of the gateway: how many one client address may hold, and how
+"""Limits on connections, for the HTTP server in front of the gateway: how many one client address may have, and how
 long a request may take to arrive.
 
-That server is uvicorn, in a process of Ray Serve's own, its proxy. Serve has no setting for either bound, but calls the
-function that RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names as the proxy starts: `bound_connections`. uvicorn takes
-the class of its connections from a table of names; from then on that is `BoundedProtocol`. Knows neither keys nor
-models.
+That server is uvicorn, in Ray Serve's proxy process. Serve has no settings for these limits, but calls the function
+named by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH when the proxy starts: `bound_connections`. It replaces uvicorn's
+protocol class, which uvicorn looks up by name, by `BoundedProtocol`. Independent of keys and models.
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ UNTOLD = ""
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """0 is no limit. Each is an environment variable of the host's proxy: `PEDRO_HTTP_CONNECTIONS_PER_CLIENT`, …"""
+    """0 disables a limit. Each is set by an environment variable of the proxy: `PEDRO_HTTP_CONNECTIONS_PER_CLIENT`,
+    …"""
 
     connections_per_client: int = 1024  # of an address, or a /64 of IPv6; behind a reverse proxy all come from its own
     headers_timeout_s: int = 10  # from the connection, or the first byte of a further request, to the last header
-    body_timeout_s: int = 30  # between two pieces of a body
+    body_timeout_s: int = 30  # between two chunks of a body
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> ConnectionLimits:
-        """Raises ConfigError for what is no whole number."""
+        """Raises ConfigError if a value is not a whole number."""
         limits = {}
         for field in fields(cls):
             name = PREFIX + field.name.upper()
@@ -52,7 +52,7 @@ class ConnectionLimits:
 
 
 def bound_connections() -> list[Any]:
-    """Called by Serve as its proxy starts; gives the middlewares that it wants from such a function."""
+    """Called by Serve when its proxy starts; returns middlewares, as Serve requires."""
     import uvicorn.config
     from starlette.middleware import Middleware
 
@@ -76,7 +76,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._said = b""  # while it is not known who speaks
         self._timer: TimerHandle | None = None
         self._awaits_headers = False
-        self._silent = True  # nothing came yet
+        self._silent = True  # nothing received yet
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
@@ -137,10 +137,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._counted = None
 
     def _should_upgrade_to_ws(self) -> bool:
-        return False  # a connection that became a web socket would not be counted, and there are no routes for any
+        return False  # a web socket would not be counted, and no route uses them
 
     def _await_headers(self) -> None:
-        """From the first byte on, however many follow."""
+        """Start the timeout at the first byte; later ones do not extend it."""
         if not self._awaits_headers:
             self._wait(self.limits.headers_timeout_s)
             self._awaits_headers = True
@@ -157,7 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _too_late(self) -> None:
-        if not self._awaits_headers and self.flow.read_paused:  # what is missing was not read yet
+        if not self._awaits_headers and self.flow.read_paused:  # the missing part may be waiting unread
             self._wait(self.limits.body_timeout_s)
         elif self._silent or (self.cycle is not None and self.cycle.response_started):
             self.transport.close()

@@ -1,6 +1,6 @@
-"""Dry runs of jobs: what one would take, worked out in a process of its own, since the gateway does without torch.
+"""Dry runs of jobs: estimated in a separate process, since the gateway does not import torch.
 
-One at a time, each bounded in time; it starts no job and trains nothing.
+One at a time, each with a time limit; no job is started and nothing is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger("pedro.gateway")
 
 
 class DryRuns:
-    """Asks the program `command`, which reads a spec and answers with one line. For one event loop."""
+    """Runs the program `command`, which reads a spec and prints one line. For one event loop."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> None:
         self._command, self._env, self._timeout_s = tuple(command), dict(env), timeout_s
@@ -31,12 +31,14 @@ class DryRuns:
         self._asking: set[str] = set()
 
     async def ask(self, tenant: str, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """The report. Raises the PedroError that the job would end with, RateLimitError for a tenant that has one under
-        way, OverloadedError, DeadlineError, and UnavailableError where there is no such program."""
+        """The report. Raises the PedroError with which the job would fail, RateLimitError if the tenant has a dry run
+        in progress, OverloadedError, DeadlineError, and UnavailableError without a program."""
         if not self._command:
-            raise UnavailableError("This server makes no dry runs; `pedro submit --dry-run` does.", code="environment")
+            raise UnavailableError(
+                "This server does not support dry runs; use `pedro submit --dry-run`.", code="environment"
+            )
         if tenant in self._asking:
-            raise RateLimitError("A dry run of yours is under way; ask again when it is answered.")
+            raise RateLimitError("A dry run of yours is in progress; try again when it has finished.")
         if len(self._asking) >= MOST_WAITING:
             raise OverloadedError("Many dry runs are waiting; try again in a moment.")
         self._asking.add(tenant)
@@ -52,7 +54,7 @@ class DryRuns:
 
     async def _run(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         pipe = asyncio.subprocess.PIPE
-        with TemporaryFile() as given:  # a program that ends before it has read all would break a pipe
+        with TemporaryFile() as given:  # if the program exits before reading everything, a pipe would break
             given.write(json.dumps(spec).encode())
             given.seek(0)
             process = await asyncio.create_subprocess_exec(
@@ -67,7 +69,7 @@ class DryRuns:
             async with asyncio.timeout(self._timeout_s):
                 out, wrong = await process.communicate()
         except TimeoutError:
-            message = f"The dry run took longer than {self._timeout_s:g} s; start the job, or ask with fewer rows."
+            message = f"The dry run took longer than {self._timeout_s:g} s; start the job, or try fewer rows."
             raise DeadlineError(message) from None
         finally:
             if process.returncode is None:
@@ -77,6 +79,6 @@ class DryRuns:
         try:
             answer: dict[str, Any] = json.loads(out.splitlines()[-1])
         except (ValueError, IndexError):
-            log.error("a dry run broke (exit %s): %s", process.returncode, wrong.decode(errors="replace")[-4000:])
-            raise RuntimeError("a dry run broke") from None
+            log.error("a dry run failed (exit %s): %s", process.returncode, wrong.decode(errors="replace")[-4000:])
+            raise RuntimeError("a dry run failed") from None
         return answer

@@ -1,6 +1,6 @@
-"""Around every route: limits the headers, gives every response its request id and turns uncaught errors into a 500.
+"""Wraps every route: limits the headers, adds the request id to every response and turns uncaught errors into a 500.
 
-A request that is answered before its body was read has its connection closed: nobody reads the rest.
+If a request is answered before its body was read, its connection is closed: nothing reads the rest.
 
 Pure ASGI, so that disconnects and streams pass through untouched.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger("pedro.gateway")
 
 
 def choose_request_id(offered: str | None) -> str:
-    """The client's id if it can stand in a header and a log line, else a fresh one."""
+    """The client's id if it is safe in a header and a log line, else a new one."""
     if offered is not None and _SANE_ID.fullmatch(offered):
         return offered
     return f"req_{uuid.uuid4().hex}"
@@ -43,18 +43,18 @@ def request_id_of(scope: Scope) -> str:
 
 
 def response_headers(scope: Scope) -> dict[str, str]:
-    """Headers that the response to this request will carry, whatever it turns out to be."""
+    """Headers that any response to this request will have."""
     headers: dict[str, str] = scope["state"]["response_headers"]
     return headers
 
 
 def at_end(scope: Scope, leave: Callable[[], None]) -> None:
-    """Have `leave` called once this request is answered, however that ends."""
+    """Call `leave` once this request has ended in any way."""
     scope["state"]["at_end"].append(leave)
 
 
 class Edge:
-    """`send_request_id`: put the id on the response; off where a server in front, which saw it first, does so."""
+    """`send_request_id`: add the id to the response; off if a server in front does so."""
 
     def __init__(self, app: ASGIApp, *, send_request_id: bool = True) -> None:
         self._app = app
@@ -104,11 +104,11 @@ class Edge:
         try:
             await self._app(scope, receive_body, send_with_id)
         except ClientDisconnect:
-            log.info("request %s: the client went away", request_id)
-        except Exception:  # the HTTP edge: nothing internal may pass it
+            log.info("request %s: the client disconnected", request_id)
+        except Exception:  # the HTTP edge: no internal error may pass it
             log.exception("request %s failed", request_id)
             if started:
-                raise  # the server cuts the connection: a broken body must not look whole
+                raise  # the server closes the connection: a truncated body must not look complete
             await JSONResponse(internal_error_body(request_id), status_code=500)(scope, receive, send_with_id)
         finally:
             for leave in leaving:

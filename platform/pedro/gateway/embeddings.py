@@ -53,23 +53,23 @@ class EmbeddingsRequest(Body):
     }
     reasons: ClassVar[dict[str, str]] = {
         **REASONS,
-        "add_special_tokens": "prompts are encoded as in training; token ids are taken as they are",
-        "dimensions": "an embedding has the width of the backbone, and a part of it means nothing; leave it out",
+        "add_special_tokens": "prompts are encoded as in training; token ids are used unchanged",
+        "dimensions": "an embedding has the backbone's width and cannot be shortened; leave it out",
         "embed_dtype": "embeddings are float32",
-        "endianness": "base64 holds little-endian numbers",
+        "endianness": "base64 contains little-endian numbers",
         "messages": "send the text in input",
         **dict.fromkeys(("normalize", "use_activation"), "embeddings have length 1"),
     }
     model: ModelName  # the backbone, tenant.adapter, tenant.adapter@alias or tenant.adapter:version
     input: Prompts  # one or several, as text or token ids
-    encoding_format: Literal["float", "base64"] | None = None  # float unless told; base64 is of float32, little-endian
-    user: str | None = None  # whom the client asks for: a canary answers the same of them each time
-    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
+    encoding_format: Literal["float", "base64"] | None = None  # default float; base64 encodes little-endian float32
+    user: str | None = None  # the client's end user: a canary consistently answers the same users
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with equal salts share a cache
     pooling: Literal["last", "mean"] | None = None  # extension: the last token's hidden state (default), or the mean
 
 
 class EmbeddingsAnswer(Answer):
-    """Of calls with `pooling`, one an input. Errors speak of the field `input`."""
+    """The answer to calls with `pooling`, one per input. Errors name the field `input`."""
 
     def __init__(
         self,
@@ -87,21 +87,21 @@ class EmbeddingsAnswer(Answer):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _written(self) -> bytes:
-        """The answer as JSON. Numbers take long to write, so others have their turn after each embedding."""
+        """The answer as JSON. Formatting numbers is slow, so the event loop runs other tasks after each embedding."""
         try:
             frame = json.dumps(await self._collect())
         except PedroError as error:
             raise _of_input(error) from error
         data = []
         for index, [choice] in enumerate(self._choices):
-            assert choice.embedding is not None, "the backend makes an embedding of each prompt"
+            assert choice.embedding is not None, "the backend returns an embedding of each prompt"
             shown = self._encoded(choice.embedding)
             data.append(json.dumps({"object": "embedding", "index": index, "embedding": shown}))
             await asyncio.sleep(0)
         return f'{frame[:-1]}, "data": [{", ".join(data)}]}}'.encode()
 
     def _body(self) -> dict[str, Any]:
-        """All but the embeddings."""
+        """Everything but the embeddings."""
         prompt_tokens = usage(self._choices)["prompt_tokens"]
         return {
             "object": "list",
@@ -120,7 +120,7 @@ class EmbeddingsAnswer(Answer):
 
 
 def _of_input(error: PedroError) -> PedroError:
-    """The error with the name that a prompt has here."""
+    """The error, with prompts renamed to `input`."""
     made = copy.copy(error)
     made.message = PROMPT.sub("input", error.message)
     made.param = "input" if error.param in ("prompt", "max_tokens") else error.param

@@ -19,9 +19,9 @@ from pedro.errors import AdapterUnusableError, PedroError
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-CLIENTS_WAIT_S = 60  # what is longer OpenAI's clients do not wait: they try again at once
+CLIENTS_WAIT_S = 60  # OpenAI's clients ignore longer waits and retry at once
 AWAY, AWAY_S = ("database", "adapter_unavailable"), 5.0
-"""Codes of what is away, and when to come again: by themselves OpenAI's clients give up within two seconds."""
+"""Codes of unavailable services, with a retry delay: without one OpenAI's clients give up within two seconds."""
 log = logging.getLogger("pedro.gateway")
 
 
@@ -58,12 +58,12 @@ def error_response(error: PedroError) -> JSONResponse:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     in_vain = error.status in (429, 504) and (retry_after_s is None or retry_after_s > CLIENTS_WAIT_S)
     if in_vain or isinstance(error, AdapterUnusableError):
-        headers["x-should-retry"] = "false"  # OpenAI's clients would try again on their own
+        headers["x-should-retry"] = "false"  # OpenAI's clients would retry by themselves
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 def internal_error_body(request_id: str) -> dict[str, Any]:
-    """The one text for every internal error; the details are in the log under the request id."""
+    """The same text for every internal error; details are in the log under the request id."""
     return {
         "error": {
             "message": f"The server had an error while processing your request (request id {request_id}).",
@@ -75,7 +75,7 @@ def internal_error_body(request_id: str) -> dict[str, Any]:
 
 
 def stream_error_body(error: Exception, request_id: str) -> dict[str, Any]:
-    """The body of an error that happened after the status was sent; logs what the client may not see."""
+    """The body of an error after the status was sent; logs what the client must not see."""
     if isinstance(error, PedroError):
         return error.body()
     log.error("request %s failed mid-stream", request_id, exc_info=error)
@@ -83,7 +83,7 @@ def stream_error_body(error: Exception, request_id: str) -> dict[str, Any]:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Unexpected exceptions are not here: the edge answers those, so that they too carry the request id."""
+    """Does not handle unexpected exceptions: the edge does, so that they have the request id, too."""
 
     @app.exception_handler(PedroError)
     async def _pedro(_request: Request, error: PedroError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Requests for fine-tuning jobs: OpenAI's fields, and the block `method.pedro` for what only this platform has.
+"""Requests for fine-tuning jobs: OpenAI's fields, and the block `method.pedro` for this platform's own.
 
 Reference: https://platform.openai.com/docs/api-reference/fine-tuning
 """
@@ -22,15 +22,15 @@ from pedro.refs import NAME
 if TYPE_CHECKING:
     from pedro.store import Version
 
-LEARNING_RATE = 3e-3  # what `learning_rate_multiplier` multiplies; "auto" is 1
+LEARNING_RATE = 3e-3  # base of `learning_rate_multiplier`; "auto" is 1
 PEDRO_SECTIONS = ("data", "gate", "method", "resources", "training")
-MAX_SPEC = 65_536  # characters: every controller reads it, each round
-SWEEP = "sweep"  # and the section that makes a job many trials
+MAX_SPEC = 65_536  # characters: every controller reads it in each round
+SWEEP = "sweep"  # the section that turns a job into many trials
 PEDRO = (
     'Sections of a spec, as {"method": {"r": 8}, "training": {"lr": 0.01}}: data, gate, method, resources, training; '
-    "sweep (space, search, scheduler, concurrency) makes the job many trials."
+    "sweep (space, search, scheduler, concurrency) runs the job as many trials."
 )
-OF_THE_API = {"data": ("train", "validation", "theta", "test")}  # keys that name files: the API has fields for them
+OF_THE_API = {"data": ("train", "validation", "theta", "test")}  # keys with files, for which the API has fields
 FILE_SHARES = ("theta", "validation")
 HOST_OPTIONS = ("_path", "_file", "_dir", "_kwargs", "_config", "auto_mapping")  # of PEFT's config classes
 
@@ -79,10 +79,10 @@ class JobMethod(Body):
 class JobRequest(Body):
     parts: ClassVar[dict[str, type[Body]]] = {"hyperparameters": Hyperparameters, "method": JobMethod}
     harmless: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
-    model: Annotated[str, Field(max_length=200)]  # a backbone of this server, or a fine-tuned model to go on from
+    model: Annotated[str, Field(max_length=200)]  # a backbone of this server, or a fine-tuned model to continue from
     training_file: Annotated[str, Field(max_length=100)]  # the id of an uploaded file
     validation_file: Annotated[str | None, Field(max_length=100)] = (
-        None  # likewise; it stops training and picks the best
+        None  # likewise; used for early stopping and to select the best checkpoint
     )
     hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI in favour of `method`
     method: JobMethod | None = None  # supervised if not given
@@ -92,9 +92,9 @@ class JobRequest(Body):
 
 
 def adapter_of(suffix: str | None, idempotency_key: str | None) -> str:
-    """The adapter that a job of this suffix trains: one that is there gets a new version. Raises PedroError."""
+    """The adapter that a job with this suffix trains: an existing one gets a new version. Raises PedroError."""
     if suffix is None:
-        seed = secrets.token_hex(8) if idempotency_key is None else idempotency_key  # asked again, it is the same one
+        seed = secrets.token_hex(8) if idempotency_key is None else idempotency_key  # repeated: the same name
         return f"ft-{hashlib.sha256(seed.encode()).hexdigest()[:8]}"
     name = re.sub(r"[^a-z0-9_-]+", "-", suffix.lower()).strip("-_")
     if not NAME.fullmatch(name):
@@ -104,23 +104,23 @@ def adapter_of(suffix: str | None, idempotency_key: str | None) -> str:
 
 
 def served_backbone(parent: Version, backbones: Mapping[str, str]) -> str:
-    """Where the backbone of a version is, of those that this server has. Raises PedroError if it is none of them."""
+    """The location of a version's backbone on this server. Raises PedroError if the server does not have it."""
     for name, place in backbones.items():
         if parent.backbone_id in (name, place):
             return place
-    message = f"model: {parent.ref} was trained on another backbone than this server has"
+    message = f"model: {parent.ref} was trained on a backbone that this server does not have"
     raise PedroError(message, param="model", code="invalid_value")
 
 
 def spec_of(
     asked: JobRequest, tenant: str, adapter: str, backbone: str, parent: Version | None = None
 ) -> dict[str, Any]:
-    """The spec of the job, as a file for `pedro submit` would hold it; whether it is right, its controller says.
+    """The spec of the job, as in a file for `pedro submit`; its controller validates it.
 
-    Raises PedroError for what a tenant may not say: through the API, only ids of files are data.
+    Raises PedroError for settings not allowed to tenants: through the API, data are always ids of uploaded files.
     """
     given = asked.method.pedro if asked.method and asked.method.pedro else {}
-    if len(json.dumps(given)) > MAX_SPEC:  # before it is looked at: each mistake of it would be explained
+    if len(json.dumps(given)) > MAX_SPEC:  # before validation, which would explain every mistake
         message = f"method.pedro: expected at most {MAX_SPEC:,} characters"
         raise PedroError(message, param="method.pedro", code="invalid_value")
     spec: dict[str, Any] = {section: dict(_section(given, section)) for section in PEDRO_SECTIONS if section in given}
@@ -133,7 +133,7 @@ def spec_of(
     data = spec.setdefault("data", {})
     for role in OF_THE_API["data"]:
         if role in data and not (role in FILE_SHARES and isinstance(data[role], int | float)):
-            message = f"method.pedro.data.{role}: files are named by training_file and validation_file alone"
+            message = f"method.pedro.data.{role}: files are set by training_file and validation_file only"
             raise PedroError(message, param=f"method.pedro.data.{role}", code="invalid_value")
     data["train"] = asked.training_file
     if asked.validation_file is not None:
@@ -150,7 +150,7 @@ def spec_of(
         if value is None:
             continue
         if option in training:
-            message = f"method.pedro.training.{option}: given twice, as the API's own field, too; leave one out"
+            message = f"method.pedro.training.{option}: also given as a field of the API; leave one out"
             raise PedroError(message, param=f"method.pedro.training.{option}", code="invalid_value")
         training[option] = value
     training.setdefault("lr", LEARNING_RATE)
@@ -159,12 +159,12 @@ def spec_of(
         beta = getattr(hyper, "beta", None)
         spec |= {} if beta is None else {"dpo": {"beta": beta}}
     if parent is not None and spec.get("objective") == "dpo":
-        message = "model: a job of method.type dpo measures against the backbone and starts from it; name the backbone"
+        message = "model: a job of method.type dpo starts from the backbone and compares with it; give the backbone"
         raise PedroError(message, param="model", code="invalid_value")
     if parent is not None:
         trained = (parent.spec or {}).get("method")
         if trained is None or spec.setdefault("method", trained) != trained:
-            message = f"method.pedro.method: {parent.ref} goes on as it was trained; leave it out"
+            message = f"method.pedro.method: {parent.ref} keeps its method; leave it out"
             raise PedroError(message, param="method.pedro.method", code="invalid_value")
         spec["parent"] = parent.ref
     if SWEEP in given:
@@ -176,7 +176,7 @@ def spec_of(
 
 
 def shown_hyperparameters(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's hyperparameters as OpenAI's objects have them."""
+    """A job's hyperparameters in OpenAI's form."""
     training = spec.get("training") or {}
     preference = {"beta": (spec.get("dpo") or {}).get("beta", "auto")} if spec.get("objective") == "dpo" else {}
     return {
@@ -192,7 +192,7 @@ def shown_seed(spec: Mapping[str, Any]) -> int:
 
 
 def _number(value: Any, otherwise: Any) -> Any:
-    """A value of a spec that may still be anything: its controller has not looked at it, or refused it."""
+    """A value of a spec that may be anything: its controller has not validated it, or refused it."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) < 2**63 else otherwise
 
@@ -217,14 +217,14 @@ def _hyperparameters(asked: JobRequest) -> Hyperparameters:
 
 
 def _check_method(options: Mapping[str, Any]) -> None:
-    """Raises PedroError for an option of PEFT's that may name a file, a tokenizer or a repository of the host."""
+    """Raises PedroError for a PEFT option that may name a file, a tokenizer or a repository on the host."""
     if "peft_type" not in options and options.get("name") != "peft":
         return
     for name, value in options.items():
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         named = name.endswith(HOST_OPTIONS) or any(set(text) & set("/\\~") for text in texts)
         if named or isinstance(value, dict):
-            message = f"method.pedro.method.{name[:80]}: may name something of this host; it cannot be set over HTTP"
+            message = f"method.pedro.method.{name[:80]}: may refer to the host's files; it cannot be set over HTTP"
             raise PedroError(message, param=f"method.pedro.method.{name[:80]}", code="invalid_value")
 
 

@@ -1,6 +1,6 @@
-"""Requests of this process to its own gateway: through every layer that a client's requests pass, except the network.
+"""Requests of this process to its own gateway: through every layer of a client's request, except the network.
 
-So what is asked here is admitted, counted, logged and refused as anything else is.
+So they are admitted, counted, logged and refused like any other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Reply:
 
 
 async def post(app: ASGIApp, path: str, content: bytes, caller: Principal, request_id: str) -> Reply:
-    """Have `caller` post JSON. A task that is cancelled meanwhile ends the request, as a client that left would."""
+    """Post JSON as `caller`. Cancelling the task ends the request, like a client's disconnect."""
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -61,7 +61,7 @@ async def post(app: ASGIApp, path: str, content: bytes, caller: Principal, reque
     async def receive() -> Message:
         nonlocal sent
         if sent:
-            await asyncio.Event().wait()  # nobody hangs up
+            await asyncio.Event().wait()  # never disconnects
         sent = True
         return {"type": "http.request", "body": content, "more_body": False}
 

@@ -1,4 +1,4 @@
-"""Uploaded files that a request names as its input."""
+"""Uploaded files used as a request's input."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def check_input_file(store: Store, tenant: str, field: str, file_id: str, purpose: str) -> None:
-    """Raise PedroError that names the field for a file that is not the tenant's, or was uploaded for something else.
+    """Raise PedroError naming the field if a file is not the tenant's, or was uploaded for another purpose.
 
-    Files are all of their tenant's: a key that is held to some adapters may name any of them by its id.
+    Files belong to their tenant: a key that is restricted to some adapters may still name any of them by id.
     """
     try:
         record = store.get_file(file_id, tenant)

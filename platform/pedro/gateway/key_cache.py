@@ -1,9 +1,10 @@
-"""Keys as one gateway knows them, by the hash of their secret: asked for once, then kept by the store's change feed.
+"""One gateway's cache of keys, by the hash of their secret: looked up once, then kept current by the store's change
+feed.
 
-A request costs no question to the database while the feed was read lately; what was revoked is refused once it is read
-again, and a key whose time is over at that moment, since the time is known with the key. Every key is asked for again
-after `FRESH_S` all the same, since processes of earlier releases write no feed.
-While the database is away, keys that were used before are good for `AWAY_S`.
+A request does not query the database if the feed was read recently. A revoked key is refused once the feed is read
+again, an expired one at once, since its expiry is cached with it. Every key is still looked up again after `FRESH_S`,
+because processes of earlier releases write no feed. While the database is away, keys that were used before are accepted
+for `AWAY_S`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from pedro.errors import AuthenticationError, PedroError, UnavailableError
 from pedro.store import KEY, QUOTA, KeyRecord, Position, Quota, Store, hash_secret, unknown_key
 
 AWAY_S = 600.0
-PATIENCE_S = 0.25  # how long a request waits for the feed, before it trusts what is known
-AGAIN_AFTER_S = 1.0  # when a feed that could not be read is asked for again
-FRESH_S = 30.0  # how long an answer is good by itself
-MAX_LOOKUPS, MAX_RENEWALS = 48, 16  # at once, of keys that are not known and of those that are
+PATIENCE_S = 0.25  # how long a request waits for the feed before it uses cached data
+AGAIN_AFTER_S = 1.0  # delay before a failed read of the feed is retried
+FRESH_S = 30.0  # how long a lookup is valid by itself
+MAX_LOOKUPS, MAX_RENEWALS = 48, 16  # concurrent, of unknown keys and of cached ones
 MAX_KEYS, MAX_UNKNOWN = 20_000, 20_000
 WRITE_EVERY_S = 60.0
 log = logging.getLogger("pedro.gateway")
@@ -35,20 +36,20 @@ V = TypeVar("V")
 
 @dataclass
 class _Held:
-    """A live key as it was at a time (`time.monotonic`)."""
+    """A valid key as of a time (`time.monotonic`)."""
 
     known: Known
     at: float
 
 
 class KeyCache:
-    """For one event loop; the database is asked on threads of its own, so that a slow one holds up nobody else."""
+    """For one event loop; the database is queried on separate threads, so that a slow one blocks nothing else."""
 
     def __init__(self, store: Store, follow_every_s: float) -> None:
         self._store = store
         self._follow_every_s = follow_every_s
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="pedro-auth")
-        # guesses hold up neither of these: they have threads of their own
+        # guessed keys must delay neither of these: separate threads
         self._renewal_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pedro-renew")
         self._feed_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-keys")
         self._lookups = 0
@@ -61,10 +62,10 @@ class KeyCache:
         self._reading: asyncio.Task[None] | None = None
 
     async def find(self, secret: str) -> Known:
-        """The live key with this secret, and its tenant's quota.
+        """The valid key with this secret, and its tenant's quota.
 
-        Raises AuthenticationError, the same for unknown, expired and revoked, and UnavailableError where it cannot be
-        known.
+        Raises AuthenticationError, the same for unknown, expired and revoked keys, and UnavailableError if the database
+        does not answer.
         """
         await self._follow()
         hashed = hash_secret(secret)
@@ -92,13 +93,13 @@ class KeyCache:
             threads.shutdown(wait=False)
 
     async def _look_up(self, hashed: str, secret: str, threads: ThreadPoolExecutor) -> Known:
-        """What the database says of a key, remembered where nothing changed meanwhile."""
+        """Look up a key in the database, and cache the result if nothing changed meanwhile."""
         asked_at, now = self._position, time.monotonic()
         try:
             known = await _on(threads, lambda: self._store.authenticate(secret))
         except AuthenticationError:
             self._keys.pop(hashed, None)
-            if asked_at == self._position:  # what was read is as of now, as far as the feed tells
+            if asked_at == self._position:  # no change was read from the feed meanwhile
                 _remember(self._unknown, hashed, now, MAX_UNKNOWN)
             raise
         if asked_at == self._position:
@@ -106,8 +107,8 @@ class KeyCache:
         return known
 
     async def _renew(self, hashed: str, secret: str) -> None:
-        """Ask for a key again; a database that is slow or away leaves what was known, and so does one that is busy
-        with others: the key's next request asks again."""
+        """Look up a cached key again. If the database is slow, away or busy, the cached data are kept and the key's
+        next request tries again."""
         if hashed not in self._renewing:
             if len(self._renewing) >= MAX_RENEWALS:
                 return
@@ -118,7 +119,7 @@ class KeyCache:
         await asyncio.wait({self._renewing[hashed]}, timeout=PATIENCE_S)
 
     async def _follow(self) -> None:
-        """Read the feed if that is due; whoever comes meanwhile waits for the same reading."""
+        """Read the feed if due; concurrent callers wait for the same read."""
         now = time.monotonic()
         if now < self._due_at:
             return
@@ -141,7 +142,7 @@ class KeyCache:
             self._position = here
         elif here != since:
             delta = await _on(self._feed_thread, lambda: self._store.changes(since))
-            self._position = delta.position  # from here on nothing is kept that was asked for before
+            self._position = delta.position  # results of earlier lookups are no longer cached
             if delta.complete:
                 await self._ask_again(
                     {subject for kind, subject in delta.changed if kind == KEY},
@@ -153,8 +154,8 @@ class KeyCache:
         self._read_at, self._due_at = began, began + self._follow_every_s
 
     async def _ask_again(self, keys: set[str], quotas: set[str]) -> None:
-        """Look up again what changed of the keys that are known."""
-        if not keys and not quotas:  # adapters changed: nothing to look for among thousands of keys
+        """Look up changed keys that are cached."""
+        if not keys and not quotas:  # only adapters changed: no need to search thousands of keys
             return
         if keys:
             self._unknown.clear()
@@ -170,7 +171,7 @@ class KeyCache:
         try:
             if changed:
                 found = await _on(self._feed_thread, lambda: self._store.find_keys(changed))
-        finally:  # where that fails they are forgotten: a key that was revoked must not be taken for a good one
+        finally:  # on failure drop them: a revoked key must not stay valid
             for hashed in changed:
                 if hashed in found:
                     self._keys[hashed] = _Held(found[hashed], now)
@@ -179,11 +180,11 @@ class KeyCache:
 
 
 class LastUsed:
-    """Writes when keys were used last: gathered in memory and written together, never in a request's way.
+    """Records when keys were last used: collected in memory and written in batches, without delaying requests.
 
-    What a gateway that dies had not written yet is lost: up to a minute.
+    A gateway that dies loses at most the last minute.
 
-    For one event loop; with several gateways the store takes one time a minute of each key.
+    For one event loop; with several gateways the store accepts one time per minute and key.
     """
 
     def __init__(self, store: Store, write_every_s: float = WRITE_EVERY_S) -> None:
@@ -194,14 +195,14 @@ class LastUsed:
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self, key_id: str) -> None:
-        """The key was used now."""
+        """Note that the key was used now."""
         if len(self._waiting) < MAX_KEYS or key_id in self._waiting:
             self._waiting[key_id] = time.time()
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._write_every_s, self._write_soon)
 
     def close(self) -> None:
-        """Write what is left, and end."""
+        """Write what is pending, and stop."""
         if self._timer is not None:
             self._timer.cancel()
         self._thread.submit(self._write, self._taken())
@@ -220,8 +221,8 @@ class LastUsed:
             return
         try:
             self._store.mark_used(at)
-        except PedroError as error:  # the next minute's say as much
-            log.warning("when keys were used last could not be written: %s", error)
+        except PedroError as error:  # the next minute's times supersede these
+            log.warning("could not write when keys were last used: %s", error)
 
 
 async def _on(threads: ThreadPoolExecutor, question: Callable[[], T]) -> T:
@@ -233,7 +234,7 @@ def _fresh(at: float) -> bool:
 
 
 def _retrieve(reading: asyncio.Task[Any]) -> None:
-    """It may be that nobody waits for it any more."""
+    """Retrieve a result that may no longer be awaited."""
     if not reading.cancelled():
         reading.exception()
 

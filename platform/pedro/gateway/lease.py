@@ -1,4 +1,4 @@
-"""What one gateway holds of one limit that several share, and what it knows of it. Asks nobody; see `leases.py`."""
+"""One gateway's lease on a shared limit and its cached state. Makes no queries; see `leases.py`."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pedro.store import LeaseGrant, LeaseRequest, period_of, used_by, window_sta
 if TYPE_CHECKING:
     from pedro.gateway.leases import Leases
 
-LEASE_SHARE = 0.1  # of a limit: the most that all gateways together hold ahead of need
-LEASE_S = 10.0  # a lease that is not used for so long is given back
-REFRESH_S = 1.0  # how old a gateway's knowledge of what others use may be
+LEASE_SHARE = 0.1  # of a limit: at most this share is leased ahead by all gateways together
+LEASE_S = 10.0  # a lease that is unused for this long is returned
+REFRESH_S = 1.0  # maximum age of a gateway's data about others' usage
 
 
 class Lease:
-    """Conforms to `pedro.gateway.buckets.Allowance`: of one bucket, what this gateway holds and what it knows of it."""
+    """Implements `pedro.gateway.buckets.Allowance`: this gateway's lease on one bucket, and its cached state."""
 
     def __init__(self, leases: Leases, subject: str, what: str, limit: int, now: float) -> None:
         self.subject, self.what, self.limit = subject, what, limit
         self.window = window_start(what, now)
-        self.taken_at = now  # the last time that something was taken
-        self.seen_at: float | None = None  # when the store told `_used`
-        self.back = 0.0  # to be given back; below zero: used beyond what was held
+        self.taken_at = now  # when something was last taken
+        self.seen_at: float | None = None  # when the store reported `_used`
+        self.back = 0.0  # to be returned; negative: used beyond the lease
         self._leases = leases
         self._held = 0.0
-        self._size = 0  # to be held ahead
+        self._size = 0  # how much to lease ahead
         self._sized_at = -LEASE_S
         self._used = 0.0
         self._stand_in: Bucket | None = None  # while the store is away
-        self._assumed = 0.0, now  # what was taken to be used when it went
+        self._assumed = 0.0, now  # estimated usage when it went away
 
     @property
     def known(self) -> bool:
-        """Whether anything can be said of what is left."""
+        """Whether the remaining amount is known."""
         return self.seen_at is not None or self._stand_in is not None
 
     @property
@@ -66,9 +66,9 @@ class Lease:
         return True
 
     def give(self, amount: float, window: float) -> None:
-        lease = self._leases.known(self)  # this one may have been forgotten
+        lease = self._leases.known(self)  # this one may have been dropped
         if window != lease.window:
-            return  # that day is over
+            return  # that window is over
         if lease._stand_in is not None:
             lease._stand_in.give(amount)
         elif amount > 0:
@@ -79,13 +79,13 @@ class Lease:
             lease.back += amount + covered
 
     def put(self, amount: float) -> None:
-        """Hold so much more, as far as it is to be held ahead; the rest goes back."""
+        """Add this much to the lease, up to its target size; return the rest."""
         kept = min(amount, max(0.0, self._size - self._held))
         self._held += kept
         self.back += amount - kept
 
     def draw(self, most: int, now: float) -> int:
-        """Take what is held, up to `most`."""
+        """Take from the lease, up to `most`."""
         self.turn(now)
         self.taken_at = now
         drawn = min(int(self._held), most)
@@ -93,24 +93,24 @@ class Lease:
         return drawn
 
     def turn(self, now: float) -> None:
-        """Begin the next day or month: what was held of the last one is over."""
+        """Begin the next day or month: leases of the last one expire."""
         window = window_start(self.what, now)
         if window > self.window:
             self.window = window
             self._held, self.back, self._size, self._stand_in = 0.0, 0.0, 0, None
 
     def let_go(self) -> None:
-        """Hold nothing ahead any more."""
+        """Lease nothing ahead any more."""
         self.back += self._held
         self._held, self._size = 0.0, 0
 
     def hopeless(self, amount: int, now: float) -> bool:
-        """Whether the store would say no, as far as is known and was asked lately."""
+        """Whether the store would refuse, by recent data."""
         asked_lately = self.seen_at is not None and now - self.seen_at < REFRESH_S
         return asked_lately and self.left(now) + 1e-6 < amount
 
     def request(self, needs: Sequence[int], now: float) -> LeaseRequest:
-        """What to ask the store now."""
+        """The next request to the store."""
         self.turn(now)
         most = int(self.limit * LEASE_SHARE * self._leases.part)
         if most < 2:
@@ -125,12 +125,12 @@ class Lease:
         return LeaseRequest(self.subject, self.what, self.limit, back, tuple(needs), ahead, share)
 
     def told(self, grant: LeaseGrant, now: float) -> None:
-        """What the store answered."""
+        """Apply the store's answer."""
         self._used, self.seen_at = grant.used, now
         self.put(grant.ahead)
 
     def reported(self, now: float) -> None:
-        """The store is back: what was used meanwhile is to be told."""
+        """The store is back: report what was used meanwhile."""
         if self._stand_in is not None:
             used, since = self._assumed
             others = used_by(self.what, self.limit, used, since, now) * self._leases.part
@@ -138,7 +138,7 @@ class Lease:
             self._stand_in = None
 
     def _stands_in(self, amount: float, now: float) -> bool:
-        """Take of this gateway's share of what is left, while the store is away."""
+        """Take from this gateway's share of the rest, while the store is away."""
         if not self._leases.away:
             return False
         if self._stand_in is None:

@@ -1,12 +1,12 @@
-"""The leases of one gateway: of the limits that several gateways share, by the store's buckets, taken ahead of need.
+"""The leases of one gateway on limits that several gateways share in the store's buckets, taken ahead of need.
 
-A request is admitted from what is held, without a question to the store. What runs low is topped up meanwhile, and
-what is not used is given back. Only a request that finds too little waits for the store. No gateway holds more ahead
-than its part of a tenth of the limit; a lease doubles where it is used up within `LEASE_S`, and where the limit is too
-small to hold anything ahead each request asks.
+A request is admitted from the lease, without querying the store. Leases that run low are refilled in the background,
+and unused ones are returned. Only a request that finds too little waits for the store. A gateway leases at most its
+part of a tenth of the limit; a lease doubles if it is used up within `LEASE_S`; if the limit is too small to lease
+ahead, each request queries the store.
 
-While the store is away, what is held is used up; then each gateway admits its even share of the limit, for `AWAY_S`.
-For one event loop. Questions go through one thread; those that come meanwhile go together in the next.
+While the store is away, leases are used up first; then each gateway admits its even share of the limit, for `AWAY_S`.
+For one event loop. Queries use one thread; those that arrive meanwhile are combined into the next.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from pedro.gateway.buckets import Clock
     from pedro.store import LeaseGrant, LeaseRequest, Store
 
-PATIENCE_S = 0.25  # how long a request waits for the store before it counts as away
-AWAY_S = 600.0  # as long as keys are trusted without it
+PATIENCE_S = 0.25  # how long a request waits before the store counts as away
+AWAY_S = 600.0  # as long as cached keys are accepted
 CLOSE_S = 5.0
-MAX_LEASES = 10_000  # above this number those are forgotten that hold nothing
+MAX_LEASES = 10_000  # above this number, empty ones are dropped
 log = logging.getLogger("pedro.gateway")
 
 
 class _Need:
-    """One request that waits for the store: what it took of what was held, and what is missing."""
+    """A request that waits for the store: what it took from the lease, and what is missing."""
 
     def __init__(self, lease: Lease, amount: int, now: float) -> None:
         self.lease = lease
@@ -48,7 +48,7 @@ class _Need:
         return self.answer.done() and not self.answer.cancelled() and self.answer.result()
 
     def settle(self, granted: bool) -> None:
-        """The store's answer; where nobody waits any more, it goes back."""
+        """Deliver the store's answer; if the request is gone, return the amount."""
         if not self.answer.done():
             self.answer.set_result(granted)
             if not granted:
@@ -57,7 +57,7 @@ class _Need:
             self.lease.put(self.missing)
 
     def abandon(self) -> None:
-        """Nobody waits for it any more."""
+        """The request no longer waits."""
         if self.granted:
             self.lease.put(self.drawn + self.missing)
         elif not self.answer.done():
@@ -69,7 +69,7 @@ class _Need:
 
 
 class Leases:
-    """`gateways` share the limits, this is one of them. `clock` gives Unix seconds."""
+    """`gateways` share the limits, including this one. `clock` returns Unix seconds."""
 
     def __init__(self, store: Store, gateways: int = 1, clock: Clock = time.time) -> None:
         self.part = 1 / gateways
@@ -88,11 +88,11 @@ class Leases:
 
     @property
     def away(self) -> bool:
-        """The store did not answer when it was asked last."""
+        """Whether the store did not answer the last query."""
         return self._away_since is not None
 
     def find(self, subject: str, what: str, limit: int, now: float) -> Lease:
-        """The lease of that limit, which may have changed."""
+        """The lease of this limit, whose value may have changed."""
         lease = self._leases.get((subject, what))
         if lease is None:
             if len(self._leases) >= MAX_LEASES:
@@ -102,19 +102,19 @@ class Leases:
         return lease
 
     def known(self, lease: Lease) -> Lease:
-        """The one that now stands for its bucket."""
+        """The current lease of its bucket."""
         return self._leases.setdefault((lease.subject, lease.what), lease)
 
     def stir(self, lease: Lease) -> None:
-        """Have the store asked about it soon, while requests go on."""
+        """Query the store about it soon, in the background."""
         self._stirred[lease.subject, lease.what] = lease
         if not self.away:
             self._ask_store()
 
     async def take(self, wanted: Sequence[tuple[Lease, int]]) -> list[bool]:
-        """Take so much of each of what the store has, each whole or not at all.
+        """Take these amounts from the store, each whole or not at all.
 
-        Raises UnavailableError where the store has been away for too long.
+        Raises UnavailableError if the store has been away for too long.
         """
         now = self._clock()
         if self._away_since is not None:
@@ -139,7 +139,7 @@ class Leases:
         return [need.granted or self._alone(need, amount) for need, (_, amount) in zip(needs, wanted, strict=True)]
 
     def tick(self) -> None:
-        """Give back what is not used, and look again at what others use; called every `REFRESH_S`."""
+        """Return unused amounts and refresh others' usage; called every `REFRESH_S`."""
         now = self._clock()
         for lease in self._leases.values():
             lease.turn(now)
@@ -152,12 +152,12 @@ class Leases:
             self._ask_store()
 
     async def settled(self) -> None:
-        """Return when the store was told and asked all that there is."""
+        """Wait until all pending queries are done."""
         while self._asking is not None and not self._asking.done():
             await asyncio.wait({self._asking})
 
     async def close(self) -> None:
-        """Give everything back, as far as the store answers soon."""
+        """Return all leases, if the store answers soon."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.settled()
@@ -176,7 +176,7 @@ class Leases:
 
     def _ask_store(self) -> None:
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask(), context=Context())  # about no request
+            self._asking = asyncio.create_task(self._ask(), context=Context())  # in no request's context
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep(), context=Context())
 
@@ -186,7 +186,7 @@ class Leases:
             self.tick()
 
     async def _ask(self) -> None:
-        """Ask the store until nothing is left to ask, or it does not answer."""
+        """Query the store until nothing is pending, or it does not answer."""
         again = True
         while again:
             now = self._clock()
@@ -199,7 +199,7 @@ class Leases:
             requests = [lease.request([need.missing for need in its], now) for lease, its in of_lease.items()]
             try:
                 grants = await self._exchange(requests, now)
-            except Exception as error:  # noqa: BLE001 (whatever it is, requests go on without it)
+            except Exception as error:  # noqa: BLE001 (any error: requests continue without the store)
                 for lease, request in zip(of_lease, requests, strict=True):
                     lease.back += request.back
                 self._gone(repr(error))

@@ -1,6 +1,6 @@
-"""Reads a form with files (multipart/form-data, RFC 7578) piece by piece; no part of it is ever whole in memory.
+"""Streams a form with files (multipart/form-data, RFC 7578); no part is ever whole in memory.
 
-Knows what a form is, and of none what it means.
+Parses the format only; the meaning of fields is up to the caller.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class FormPart:
 
 
 async def read_form(request: Request) -> AsyncIterator[FormPart | bytes]:
-    """Each part and then its bytes, as they come. Raises PedroError for what is no form, or ends before it is whole."""
+    """Each part and then its bytes, as they arrive. Raises PedroError if it is not a form, or incomplete."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise _malformed("expected multipart/form-data with a boundary, as `curl -F` and OpenAI's clients send it")
+        raise _malformed("expected multipart/form-data with a boundary, as sent by `curl -F` and OpenAI's clients")
     form = _Form()
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())
@@ -49,7 +49,7 @@ async def read_form(request: Request) -> AsyncIterator[FormPart | bytes]:
 
 
 class _Form:
-    """Collects what the parser tells."""
+    """Collects the parser's events."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -89,7 +89,7 @@ class _Form:
         if kind != b"form-data" or b"name" not in options:
             raise _malformed("a part has no Content-Disposition with a name")
         if self._headers.get(b"content-transfer-encoding", b"").strip().lower() in MAIL_ENCODINGS:
-            raise _malformed("a part is in an encoding of mail; send its bytes as they are")
+            raise _malformed("a part uses a mail encoding; send its raw bytes")
         filename = options.get(b"filename")
         self._events.append(FormPart(_text(options[b"name"]), None if filename is None else _text(filename)))
 
@@ -101,8 +101,8 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise _malformed("a name in it is no UTF-8") from None
+        raise _malformed("a name in it is not UTF-8") from None
 
 
 def _malformed(reason: str) -> PedroError:
-    return PedroError(f"The request body is no usable form: {reason}.", code="invalid_form")
+    return PedroError(f"The request body is not a valid form: {reason}.", code="invalid_form")

@@ -1,7 +1,7 @@
-"""What Ray Serve's proxy answers before it has heard of the application: a 404 to everything, which clients take for
-final. As it comes up, after its own death or the head's, requests wait here until there is an application instead.
+"""Holds requests while Ray Serve's proxy does not know the application yet. It would answer everything with 404, which
+clients do not retry. When the proxy starts, also after its own or the head's death, requests wait here instead.
 
-Runs in the proxy. Tells Serve's 404 from one of an application by its text. Knows no routes.
+Runs in the proxy. Distinguishes Serve's 404 from the application's by its text. Independent of routes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOK_S, PATIENCE_S = 0.2, 60.0
-SERVES = (b"Path '", b"Ping http://.../-/routes for available routes.")  # how its 404 begins and ends; ours is JSON
+SERVES = (b"Path '", b"Ping http://.../-/routes for available routes.")  # beginning and end of its 404; ours is JSON
 NOT_SERVED = json.dumps(
     {
         "error": {
@@ -46,9 +46,9 @@ class NotYet:
             await asyncio.sleep(LOOK_S)
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Whether the application answered; nothing was read of the request and nothing sent if not."""
+        """Whether the application answered; if not, nothing was read or sent."""
         absent = False
-        held: Message | None = None  # the start of an answer that may be Serve's
+        held: Message | None = None  # the start of a response that may be Serve's
 
         async def passed(message: Message) -> None:
             nonlocal absent, held

@@ -1,8 +1,8 @@
-"""What an operator sees of each request: one line in the access log, and Prometheus's figures of all of them.
+"""The access log, one line per request, and the gateway's Prometheus metrics.
 
-A line says who asked which model, for how many tokens, and how long it took; never what was asked or answered. Lines go
-to the logger `pedro.access`; `write_to` gives it a file. Labels of metrics are route templates and status classes:
-their number does not grow with tenants, adapters or stray URLs.
+A line contains the caller, model, token counts and times; never the prompt or the answer. Lines go to the logger
+`pedro.access`; `write_to` adds a file. Metrics are labelled by route template and status class, so that cardinality
+does not grow with tenants, adapters or stray URLs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PROBES = frozenset({"/health", "/ready"})
 MAX_FILE_BYTES, KEPT_FILES = 10 * 2**20, 3
-MAX_MODEL = 120  # characters of a name that a client chose
+MAX_MODEL = 120  # characters of a client-supplied name
 UNKNOWN_ROUTE = "unknown"
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -39,19 +39,19 @@ log = logging.getLogger("pedro.access")
 
 
 def note(scope: Scope, **facts: Any) -> None:
-    """Have this request's line tell `facts`."""
+    """Add `facts` to this request's log line."""
     scope["state"].setdefault("access", {}).update(facts)
     if "tenant" in facts and (about := ABOUT.get()) is not None:
         about["tenant"] = facts["tenant"]
 
 
 class SharedFileHandler(RotatingFileHandler):
-    """A file to which several gateways of a host append: who finds it full renames it, and the others follow."""
+    """A file shared by the gateways of a host: the one that finds it full renames it, and the others reopen it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._follow()
-        except OSError:  # it can be neither read nor made now: the line is lost, not the request
+        except OSError:  # it cannot be opened: lose the line, not the request
             self.handleError(record)
         else:
             super().emit(record)
@@ -59,26 +59,26 @@ class SharedFileHandler(RotatingFileHandler):
     def doRollover(self) -> None:
         with FileLock(f"{self.baseFilename}.lock"):
             self._follow()
-            if os.path.getsize(self.baseFilename) > self.maxBytes / 2:  # another one may have done it
+            if os.path.getsize(self.baseFilename) > self.maxBytes / 2:  # another gateway may have rotated it
                 super().doRollover()
 
     def _follow(self) -> None:
         stream: TextIO | None = self.stream
-        if stream is None:  # closed, as by whoever configures logging anew: it is opened again when it is needed
+        if stream is None:  # closed, e.g. by a logging reconfiguration: reopened on demand
             return
         try:
             followed = os.path.samestat(os.stat(self.baseFilename), os.fstat(stream.fileno()))
-        except OSError:  # between two names
+        except OSError:  # being renamed
             followed = False
         if not followed:
             stream.close()
-            none: Any = None  # as long as it cannot be opened
+            none: Any = None  # while it cannot be opened
             self.stream = none
             self.stream = self._open()
 
 
 def write_to(path: Path, form: str = TEXT) -> None:
-    """Log to a file that begins anew at `MAX_FILE_BYTES`, the last few kept; `form` is one of `log_lines.FORMATS`."""
+    """Log to a file rotated at `MAX_FILE_BYTES`, keeping the last few; `form` is one of `log_lines.FORMATS`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = SharedFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8")
     handler.setFormatter(JsonLines() if form == JSON else logging.Formatter("%(asctime)s %(message)s"))
@@ -88,7 +88,7 @@ def write_to(path: Path, form: str = TEXT) -> None:
 
 
 def of_gateway(text: str, gateway: str) -> str:
-    """Prometheus text with the gateway's name as a label of each figure; as it is where there is one gateway alone."""
+    """Prometheus text with the gateway's name as a label of each metric; unchanged if there is only one gateway."""
     if not gateway:
         return text
     label = f'gateway="{gateway}"'
@@ -96,9 +96,9 @@ def of_gateway(text: str, gateway: str) -> str:
 
 
 class GatewayMetrics:
-    """The gateway's own figures, in a registry of its own: several gateways may live in one process.
+    """The gateway's metrics, in a separate registry: several gateways may run in one process.
 
-    `gateway`: its name, as a label of all of them, where there are several and a scrape meets any one.
+    `gateway`: its name, as a label of all metrics, if there are several and a scrape reaches any one.
     """
 
     def __init__(self, gateway: str = "") -> None:
@@ -130,7 +130,7 @@ class GatewayMetrics:
         return of_gateway(generate_latest(self.registry).decode(), self._gateway)
 
     def open_text(self) -> str:
-        """The same as OpenMetrics, without its end: requests that are traced are examples of how long some took."""
+        """The same as OpenMetrics, without its end, with traced requests as exemplars."""
         return of_gateway(open_metrics.of_registry(self.registry), self._gateway)
 
     def opened(self) -> None:
@@ -142,7 +142,7 @@ class GatewayMetrics:
         self._open_streams.inc(change)
 
     def answered(self, scope: Scope, status: int, total_s: float) -> None:
-        """A request was answered with `status`, `total_s` after it came."""
+        """Count a request answered with `status` after `total_s`."""
         self._open_requests.dec()
         route = getattr(scope.get("route"), "path", UNKNOWN_ROUTE)
         method = scope["method"] if scope["method"] in METHODS else UNKNOWN_ROUTE
@@ -154,7 +154,7 @@ class GatewayMetrics:
 
 
 class Observed:
-    """The ASGI layer around everything else, so that it sees the status that the client sees."""
+    """The outermost ASGI layer, which sees the status that the client sees."""
 
     def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics) -> None:
         self._app = app
@@ -205,18 +205,18 @@ class Observed:
 
 
 def _line(head: dict[str, Any], noted: dict[str, Any]) -> str:
-    """As text: what every line has in its order, then the rest by name."""
+    """As text: the fixed fields in order, then the others by name."""
     fields = ["-" if value is None else str(value) for value in head.values()]
     for name, value in noted.items():
         if isinstance(value, float):
             fields.append(f"{name}={value:.3f}s")
-        elif value is not None:  # a name is quoted, so that it cannot break the line
+        elif value is not None:  # quoted, so that a name cannot break the line
             fields.append(f"{name}={json.dumps(value[:MAX_MODEL]) if isinstance(value, str) else value}")
     return " ".join(fields)
 
 
 def _named(noted: dict[str, Any]) -> dict[str, Any]:
-    """The same for JSON: times are seconds, and say so."""
+    """The same for JSON: names of times end in `_s`."""
     facts: dict[str, Any] = {}
     for name, value in noted.items():
         if isinstance(value, float):

@@ -1,7 +1,7 @@
 """Prometheus's text as OpenMetrics (https://prometheus.io/docs/specs/om/open_metrics_spec/), which has exemplars.
 
-Replicas tell their figures as plain text, to which exemplars are nothing; so that is rewritten, and only the gateway's
-own, of which it has the registry, carries them.
+Replicas report their metrics as plain text, without exemplars; it is converted here. Only the gateway's own metrics,
+which come from its registry, have exemplars.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ COUNTER = re.compile(r"^# (HELP|TYPE) (\w+)_total\b", re.MULTILINE)
 
 
 def of_registry(registry: CollectorRegistry) -> str:
-    """A registry's figures, without the end."""
+    """A registry's metrics, without the end marker."""
     return str(generate_latest(registry).decode().removesuffix(END))
 
 
 def of_text(text: str) -> str:
-    """Plain text as OpenMetrics: a counter's heading lacks the suffix that its samples have. Without the end."""
+    """Converts plain text: in OpenMetrics, headings of counters lack their samples' suffix. Without the end marker."""
     return COUNTER.sub(r"# \1 \2", text)

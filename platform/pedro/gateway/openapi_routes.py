@@ -1,6 +1,6 @@
-"""What every route of the gateway takes and answers, for its OpenAPI document. A test checks that none is missing.
+"""Parameters and responses of every route of the gateway, for its OpenAPI document. A test checks completeness.
 
-`answer`: the fields that a JSON answer always has. What a route may answer beside what any such route may is in `also`.
+`answer`: the fields that a JSON response always has. `also`: statuses beyond those common to all such routes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class RouteDoc:
     body: type[Body] | None = None
     body_needed: bool = True
     form: Schema | None = None
-    parameters: tuple[Schema, ...] = ()  # those of the path are FastAPI's to tell
+    parameters: tuple[Schema, ...] = ()  # FastAPI adds those of the path
     also: tuple[int, ...] = ()
-    instead: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # statuses whose body is no error, its fields
+    instead: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # other successes: fields by status
     media: tuple[str, ...] = (JSON,)
     public: bool = False  # needs no key
 
@@ -71,12 +71,12 @@ def _several(name: str, schema: Schema, meaning: str = "") -> Schema:
 TEXT: Schema = {"type": "string"}
 DAY: Schema = {"type": "string", "format": "date"}
 UNIX_S: Schema = _whole(0, 4_102_444_800)
-AFTER = _query("after", TEXT, "The last id of the page before.")
-PAGE = (AFTER, _query("limit", _whole(1, MAX_LIMIT), "Rows of a page."))
-TIMEOUT = _header("x-request-timeout", {"type": "number", "exclusiveMinimum": 0}, "Seconds that the answer may take.")
+AFTER = _query("after", TEXT, "The last id of the previous page.")
+PAGE = (AFTER, _query("limit", _whole(1, MAX_LIMIT), "Rows per page."))
+TIMEOUT = _header("x-request-timeout", {"type": "number", "exclusiveMinimum": 0}, "Time limit of the answer in s.")
 KEY = {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[ -~]+$"}
-ONCE = _header("Idempotency-Key", KEY, "Asked again with the same one, a job is made once.")
-DRY_RUN = _query("dry_run", {"type": "string", "enum": ["true", "false"]}, "Only say what the job would take.")
+ONCE = _header("Idempotency-Key", KEY, "Repeated requests with the same key create one job.")
+DRY_RUN = _query("dry_run", {"type": "string", "enum": ["true", "false"]}, "Only estimate the job.")
 LABELS = {"type": "object", "additionalProperties": TEXT, "maxProperties": 16}
 METADATA = _query("metadata", LABELS, "Only jobs with these labels.", style="deepObject", explode=True)
 EFFECTIVE = {"type": "object", "additionalProperties": False, "properties": {m: _whole(0, 2**53 - 1) for m in MOMENTS}}
@@ -148,8 +148,8 @@ ROUTES: dict[str, RouteDoc] = {
         PAGED,
         parameters=(
             AFTER,
-            _query("limit", _whole(1, MAX_LISTED), "Rows of a page."),
-            _query("order", {"type": "string", "enum": ["asc", "desc"]}, "By the time of making."),
+            _query("limit", _whole(1, MAX_LISTED), "Rows per page."),
+            _query("order", {"type": "string", "enum": ["asc", "desc"]}, "By creation time."),
             _query("purpose", {"type": "string", "enum": list(PURPOSES)}),
         ),
     ),
@@ -190,8 +190,8 @@ ROUTES: dict[str, RouteDoc] = {
             _several("group_by", {"type": "string", "enum": list(USAGE_GROUPS)}),
             _query("start_date", DAY, "The first day (UTC)."),
             _query("end_date", DAY, "The last day (UTC)."),
-            _query("limit", _whole(1, MAX_CSV_ROWS), "Rows of a page; of JSON at most 1000."),
-            _query("page", _whole(0, 10**9), "`next_page` of the page before."),
+            _query("limit", _whole(1, MAX_CSV_ROWS), "Rows per page; at most 1000 in JSON."),
+            _query("page", _whole(0, 10**9), "`next_page` of the previous page."),
             _query("format", {"type": "string", "enum": list(FORMATS)}),
         ),
         media=(JSON, "text/csv"),
@@ -204,7 +204,7 @@ ROUTES: dict[str, RouteDoc] = {
             _query("bucket_width", {"type": "string", "enum": ["1d"]}),
             _several("group_by", {"type": "string", "enum": list(OPENAI_GROUPS)}),
             _query("limit", _whole(1, MAX_BUCKETS), "Days."),
-            _query("page", DAY, "`next_page` of the page before."),
+            _query("page", DAY, "`next_page` of the previous page."),
             *(_several(name, TEXT) for name in OPENAI_FILTERS),
         ),
     ),
@@ -214,7 +214,7 @@ ROUTES: dict[str, RouteDoc] = {
     ),
 }
 
-# Links: what a route's answer names, as a parameter or field of others, and where it stands in the answer.
+# Links: values in a route's response that are parameters or fields of other routes, and their place in the response.
 IDS: dict[str, dict[str, str]] = {
     "POST /v1/files": {"file_id": "/id", "training_file": "/id", "input_file_id": "/id"},
     "GET /v1/files": {"file_id": "/data/0/id"},

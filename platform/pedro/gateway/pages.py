@@ -1,4 +1,4 @@
-"""Lists in pages, as OpenAI's are: which page a query asks for, and what its answer holds."""
+"""Pagination as in OpenAI's lists: parses the query and formats a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = TypeVar("Row")
 
 
 def known_parameters(given: Iterable[tuple[str, str]], known: Collection[str]) -> dict[str, str]:
-    """The query by name; of one given twice the last. Raises PedroError for a name that is not known."""
+    """The query by name; the last value wins. Raises PedroError for an unknown name."""
     found = dict(given)
     for name in sorted(found.keys() - set(known)):
         message = f"Unrecognized request argument supplied: {name[:80]}; known: {', '.join(known)}"
@@ -21,7 +21,7 @@ def known_parameters(given: Iterable[tuple[str, str]], known: Collection[str]) -
 
 
 def page_limit(text: str | None, default: int = DEFAULT_LIMIT, most: int = MAX_LIMIT) -> int:
-    """How many rows a page has. Raises PedroError for what is no such number."""
+    """Rows per page. Raises PedroError if out of range or not a number."""
     if text is None:
         return default
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
@@ -30,7 +30,7 @@ def page_limit(text: str | None, default: int = DEFAULT_LIMIT, most: int = MAX_L
 
 
 def page(found: Sequence[Row], limit: int, shown: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
-    """The answer of a list of which one row more than its page was asked for: whether there is more is seen by that."""
+    """The response of a list, given one row more than a page, which shows whether there are more."""
     data = [shown(row) for row in found[:limit]]
     return {
         "object": "list",

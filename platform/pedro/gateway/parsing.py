@@ -1,4 +1,4 @@
-"""Reads a request's body within bounds of size and time, then into its schema; tells a client every mistake at once."""
+"""Reads a request's body within limits of size and time, validates it, and reports all mistakes at once."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pedro.gateway.schemas import Body
 if TYPE_CHECKING:
     from fastapi import Request
 
-MAX_ITEMS = 4096  # of a list of bodies, messages for one
+MAX_ITEMS = 4096  # of a list of objects, such as messages
 MAX_SHOWN_VALUE = 80
 MAX_SHOWN_ERRORS = 5
-MAX_LISTED_ERRORS = 1000  # each costs memory and time to describe, shown or not
+MAX_LISTED_ERRORS = 1000  # each costs memory and time, even if not shown
 
 Model = TypeVar("Model", bound=Body)
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises PayloadTooLargeError as soon as the limit is passed, RequestTimeoutError for a body that trickles."""
+    """Raises PayloadTooLargeError as soon as the limit is exceeded, RequestTimeoutError if the body is too slow."""
     settings = request.app.state.settings
     limit = settings.max_body_bytes
     declared = request.headers.get("content-length", "")
@@ -49,7 +49,7 @@ def _too_large(limit: int) -> PayloadTooLargeError:
 
 
 def parse(kind: type[Model], body: bytes) -> Model:
-    """The request in `body`. Raises PedroError (400) naming each field at fault, its value and what was expected."""
+    """The request in `body`. Raises PedroError (400) naming each invalid field, its value and what was expected."""
     from pydantic_core import from_json
 
     try:
@@ -133,7 +133,7 @@ def _user_error(error: ValidationError, kind: type[Body]) -> PedroError:
 
 
 def _nearest(kind: type[Body], location: tuple[int | str, ...]) -> str:
-    """The known field that an unknown one may be meant for."""
+    """A suggestion of the known field that an unknown one may stand for."""
     for part in location[:-1]:
         if isinstance(part, str):
             kind = kind.parts.get(part, kind)
@@ -151,6 +151,6 @@ def _field(location: tuple[int | str, ...]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, as JSON writes it, which is how the client wrote it."""
+    """A value in an error message, as JSON, the way the client wrote it."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= MAX_SHOWN_VALUE else text[: MAX_SHOWN_VALUE - 3] + "..."

@@ -1,4 +1,4 @@
-"""A loop beside a gateway's requests: looks for work every few seconds, and at once when it is woken."""
+"""A background loop of a gateway: looks for work every few seconds, and at once when woken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("pedro.gateway")
 
 
 class PollLoop:
-    """Calls `look` again and again; what it raises is logged once, as `trouble`, until a look succeeds."""
+    """Calls `look` repeatedly; an error is logged once, as `trouble`, until a call succeeds."""
 
     def __init__(self, look: Callable[[], Awaitable[None]], every_s: float, trouble: str) -> None:
         self._look, self._every_s, self._trouble = look, every_s, trouble
@@ -22,15 +22,15 @@ class PollLoop:
         self._running: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Look from now on."""
+        """Start the loop."""
         self._running = asyncio.create_task(self._run())
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Wake up: there is work."""
         self._woken.set()
 
     async def end(self, work: Iterable[asyncio.Task[Any]] = ()) -> None:
-        """Cancel the loop and what it began, and wait for both."""
+        """Cancel the loop and its current call, and wait for both."""
         tasks = [*work, *([self._running] if self._running else [])]
         for task in tasks:
             task.cancel()
@@ -43,7 +43,7 @@ class PollLoop:
             try:
                 await self._look()
                 told = False
-            except Exception as error:  # whatever it is: it is looked again
+            except Exception as error:  # any error: try again
                 if not told:
                     log.warning("%s: %s", self._trouble, error, exc_info=not isinstance(error, PedroError))
                 told = True

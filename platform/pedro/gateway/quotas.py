@@ -1,9 +1,9 @@
-"""Admits requests: each tenant and key has its limits, and a tenant its share of the open requests.
+"""Admits requests: enforces limits per tenant and key, and each tenant's share of open requests.
 
-A limit a minute is a bucket that holds a minute's worth and refills evenly; one a day or a month, a budget, is renewed
-when the next one begins, in UTC. Tokens are reserved before the work and settled by what was used; a limit may be
-overdrawn then, and is paid back by waiting. One gateway keeps the buckets of a minute itself. Several share them by
-leases (`leases.py`), as they do budgets, which also outlive the process.
+A limit per minute is a bucket with a minute's worth that refills evenly; a budget per day or month is renewed when the
+next one begins, in UTC. Tokens are reserved in advance and settled with what was used; this may overdraw a limit, which
+then refills first. A single gateway keeps buckets per minute in memory. Several gateways share them by leases
+(`leases.py`), as they do budgets, which also outlive the process.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from pedro.store import Store
 
 MAX_BUCKETS = 10_000
-CHARACTERS_A_TOKEN = 4  # of a text that nobody has tokenised yet; what it really was is settled
-ANSWER_ESTIMATE = 256  # tokens of an answer whose length the request leaves open
+CHARACTERS_A_TOKEN = 4  # estimate for untokenised text; settled with the actual count
+ANSWER_ESTIMATE = 256  # tokens of an answer without max_tokens
 REQUESTS, TOKENS = "requests", "tokens"
 
 
 class Ticket:
-    """One admitted request: what it reserved, until it is settled."""
+    """An admitted request's reservation, until it is settled."""
 
     def __init__(self, buckets: Sequence[Allowance], reserved: int) -> None:
         self._buckets = [(bucket, bucket.window) for bucket in buckets]
         self._reserved = reserved
 
     def settle(self, used: int) -> None:
-        """Puts what was used in the place of what was reserved; only the first call counts."""
+        """Replaces the reservation by the actual usage; only the first call counts."""
         for bucket, window in self._buckets:
             bucket.give(self._reserved - used, window)
         self._buckets = []
@@ -52,7 +52,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class _Limit:
-    """One of the buckets that a request is held to."""
+    """One of the buckets that apply to a request."""
 
     whose: str
     bucket: Allowance
@@ -68,7 +68,7 @@ class _Limit:
 
 
 class Quotas:
-    """The limits of every tenant and key that has a quota. For one event loop: not thread-safe.
+    """The limits of all tenants and keys with quotas. For one event loop: not thread-safe.
 
     `gateways` share them through `store`; `clock` gives Unix seconds.
     """
@@ -81,14 +81,14 @@ class Quotas:
 
     @property
     def degraded(self) -> bool:
-        """The store is away: this gateway admits its share of each limit."""
+        """Whether the store is away and this gateway applies its share of each limit."""
         return self._leases.away
 
     async def admit(self, caller: Principal, tokens: int = 0) -> Ticket:
         """Takes one request and `tokens` from the caller's limits, all or nothing.
 
-        Raises RateLimitError, and UnavailableError where the store has been away for too long. `retry_after_s` is None
-        where waiting does not help, because the limit never holds that many tokens.
+        Raises RateLimitError, and UnavailableError if the store has been away for too long. `retry_after_s` is None if
+        waiting does not help, because the limit is smaller than that many tokens.
         """
         now = self._clock()
         limits = [limit for limit in self._limits(caller, tokens, now) if limit.amount]
@@ -101,11 +101,11 @@ class Quotas:
         return Ticket([limit.bucket for limit in limits if limit.kind == TOKENS], tokens)
 
     async def close(self) -> None:
-        """Give back what other gateways can use."""
+        """Return what other gateways can use."""
         await self._leases.close()
 
     async def _take(self, limits: list[_Limit], now: float) -> list[_Limit]:
-        """Take of all limits; where some are short, these, and nothing is taken."""
+        """Take from all limits. Returns those that are short; then nothing was taken."""
         taken = [limit for limit in limits if limit.bucket.take(limit.amount, now)]
         short = [limit for limit in limits if limit not in taken]
         try:
@@ -122,8 +122,8 @@ class Quotas:
         return short
 
     def headers(self, caller: Principal) -> dict[str, str]:
-        """OpenAI's x-ratelimit-* of what is left, of the limit that leaves least; none without a quota, nor of what the
-        store was not asked about yet."""
+        """OpenAI's x-ratelimit-* headers of the limit with the least left; none without a quota, or before the store
+        was queried."""
         now = self._clock()
         headers: dict[str, str] = {}
         limits = [limit for limit in self._limits(caller, 0, now) if _known(limit.bucket)]
@@ -143,7 +143,7 @@ class Quotas:
             ("this API key", f"key:{caller.key_id}", caller.key_quota),
         ):
             for what, limit in quota.__dict__.items():
-                if limit is not None and kind_of(what) in (REQUESTS, TOKENS):  # hours of training are no request's
+                if limit is not None and kind_of(what) in (REQUESTS, TOKENS):  # requests use no training hours
                     shared = self._shared_minutes or period_of(what) != "minute"
                     bucket = (self._leases if shared else self._local).find(subject, what, limit, now)
                     limits.append(_Limit(whose, bucket, 1 if kind_of(what) == REQUESTS else tokens))
@@ -151,9 +151,9 @@ class Quotas:
 
 
 class OpenRequests:
-    """How many requests are open at once. A tenant may hold as many as are free, so there are always free ones.
+    """Limits open requests. A tenant may have as many as are free, so some are always free.
 
-    One busy tenant gets half of all, two a third each: however many there are, a newcomer finds its share.
+    One busy tenant gets half of all, two a third each: a newcomer always finds room.
     For one event loop: not thread-safe.
     """
 
@@ -163,11 +163,11 @@ class OpenRequests:
 
     @property
     def total(self) -> int:
-        """Those of all tenants."""
+        """Open requests of all tenants."""
         return self._held.total()
 
     def enter(self, tenant: str, scope: Scope) -> None:
-        """Count the request of `scope` until it is answered. Raises RateLimitError."""
+        """Count the request of `scope` until it ends. Raises RateLimitError."""
         held = self._held[tenant]
         if held and held >= self._total - self._held.total():
             raise RateLimitError(
@@ -184,7 +184,7 @@ class OpenRequests:
 
 
 async def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
-    """Takes one request and `tokens` from the quotas; the response has the x-ratelimit-* headers either way.
+    """Takes one request and `tokens` from the quotas; the response always gets the x-ratelimit-* headers.
 
     Raises RateLimitError. The ticket must be settled once the tokens used are known.
     """
@@ -199,13 +199,13 @@ async def admit(request: Request, caller: Principal, tokens: int = 0) -> Ticket:
 
 
 def reservation(calls: Sequence[GenerateCall]) -> int:
-    """Tokens to set aside for `calls`: their prompts, and for each answer the most that it may have."""
+    """Tokens to reserve for `calls`: their prompts, and the most tokens of each answer."""
     answers: int = sum(call.n * call.params.get("max_tokens", ANSWER_ESTIMATE) for call in calls)
     return sum(prompt_estimate(call) for call in calls) + answers
 
 
 def prompt_estimate(call: GenerateCall) -> int:
-    """Tokens of the prompt: counted where it came as ids, guessed from its length otherwise."""
+    """Tokens of the prompt: counted if given as ids, else estimated from its length."""
     if call.messages is not None:
         told = [json.dumps(message["tool_calls"]) for message in call.messages if "tool_calls" in message]
         if call.tools is not None:
@@ -258,7 +258,7 @@ def _too_large(limit: _Limit) -> RateLimitError:
 
 
 def _duration(seconds: float) -> str:
-    """As OpenAI's headers say it: 120ms, 1.5s, 6m0s, 16h24m0s."""
+    """In the format of OpenAI's headers: 120ms, 1.5s, 6m0s, 16h24m0s."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""Answers a request of /v1/responses, which a chat answers: the response object, or the stream of typed events."""
+"""Answers a request of /v1/responses from a chat's answer: the response object, or the stream of typed events."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pedro.gateway.response_input import Translation
     from pedro.gateway.usage import UsageEntry
 
-STATUS = {"length": "incomplete"}  # of an answer that ended so; completed otherwise
+STATUS = {"length": "incomplete"}  # by finish reason; else completed
 
 
 class ResponseAnswer(StreamedAnswer):
-    """Of one call. Errors are told in the words of the request, which `translation` has."""
+    """The answer to one call. `translation` rewrites errors in terms of the request."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class ResponseAnswer(StreamedAnswer):
         return response_usage(counted["prompt_tokens"], cached_tokens, counted["completion_tokens"])
 
     def _response(self, status: str) -> dict[str, Any]:
-        """The response object as it stands."""
+        """The response object in its current state."""
         asked = self._request
         return {
             "id": self._id,
@@ -151,7 +151,7 @@ class ResponseAnswer(StreamedAnswer):
     def _event(self, kind: str, body: dict[str, Any]) -> bytes:
         made = {"type": kind, "sequence_number": self._sent, **body}
         self._sent += 1
-        if self._obfuscated and kind.endswith(".delta"):  # its size does not tell its text
+        if self._obfuscated and kind.endswith(".delta"):  # so that sizes do not reveal the text
             made["obfuscation"] = secrets.token_hex(BLOCK // 2)[: BLOCK - len(sent_event(made, kind)) % BLOCK]
         return sent_event(made, kind)
 

@@ -1,7 +1,7 @@
-"""The body of /v1/responses, as far as it can be honoured without storing answers.
+"""The body of /v1/responses, as far as it can be supported without storing responses.
 
-What would need a memory of ours, or a tool that OpenAI runs, is refused by name with what to do instead. The items of
-`input` are read by `response_input.py`.
+Fields that need stored responses, or tools run by OpenAI, are refused by name with an alternative. The items of `input`
+are parsed by `response_input.py`.
 Reference: https://platform.openai.com/docs/api-reference/responses/create
 """
 
@@ -14,9 +14,9 @@ from pydantic import BeforeValidator, Field
 from pedro.gateway.schemas import INT32, INT64, Biases, Body, Metadata, ModelName, Stop, Whole
 from pedro.gateway.vllm_fields import REASONS, SHARED, Harmless
 
-_STATELESS = "nothing of a response is kept here; send the turns so far in input"
-_HERE = "a response is answered while its request is open"
-_CACHE = "what prompts share is a matter of the server's"
+_STATELESS = "responses are not stored here; send the turns so far in input"
+_HERE = "responses are answered within their request"
+_CACHE = "the server manages its prefix cache"
 
 
 def _input(value: Any) -> Any:
@@ -40,9 +40,9 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str | None, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")] = None
-    description: str | None = None  # for models that are told of the schema; no effect
+    description: str | None = None  # for models that see the schema; no effect
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None  # answers are always held to the schema
+    strict: bool | None = None  # answers always conform to the schema
 
 
 class ResponseText(Body):
@@ -81,14 +81,14 @@ class ResponsesRequest(Body):
         "previous_response_id": _STATELESS,
         "conversation": _STATELESS,
         "context_management": _STATELESS,
-        "store": "nothing of a response is kept here; send store=false or leave it out, and the turns so far in input",
+        "store": "responses are not stored here; send store=false or leave it out, and the turns so far in input",
         "background": f"{_HERE}; for answers later send a batch of the endpoint /v1/responses",
-        "prompt": "templates of prompts are not kept here; send instructions and input",
-        "include": "there is nothing more to include; logprobs are had of /v1/chat/completions",
-        "top_logprobs": "logprobs are had of /v1/chat/completions",
+        "prompt": "prompt templates are not stored here; send instructions and input",
+        "include": "nothing more can be included; /v1/chat/completions returns logprobs",
+        "top_logprobs": "/v1/chat/completions returns logprobs",
         "truncation": "an input that is too long is refused, not cut; send the turns that fit",
-        "reasoning": "the models here answer at once; leave it out",
-        "n": "a response is one answer; ask again, or send n to /v1/chat/completions",
+        "reasoning": "the models here do not reason; leave it out",
+        "n": "a response has one answer; repeat the request, or send n to /v1/chat/completions",
         "use_beam_search": "send it to /v1/chat/completions",
         "image": "prompts are text",
         "prompt_cache_options": _CACHE,
@@ -98,32 +98,32 @@ class ResponsesRequest(Body):
     input: Input  # a text, or the turns so far: messages, calls of tools and their results
     instructions: str | None = None  # a system message in front of the input
     max_output_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # of the answer
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; 1 unless told
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: the likeliest token alone
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; default 1
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: only the likeliest token
     text: ResponseText | None = None  # format: text, json_object, or json_schema with name and schema
-    tools: list[dict[str, Any]] | None = None  # functions that the answer may call
-    tool_choice: ToolChoice = None  # none, auto, required, or the one that it must call
+    tools: list[dict[str, Any]] | None = None  # functions that the model may call
+    tool_choice: ToolChoice = None  # none, auto, required, or the function that must be called
     parallel_tool_calls: bool | None = None  # false: one call at most
-    stream: bool | None = None  # typed events in place of one body
+    stream: bool | None = None  # typed events instead of one body
     stream_options: ResponseStreamOptions | None = None  # include_obfuscation
-    metadata: Metadata = None  # of the client's own; it comes back with the answer
-    user: str | None = None  # whom the client asks for: a canary answers the same of them each time
-    safety_identifier: str | None = None  # this and what follows is OpenAI's bookkeeping: no effect on the answer
+    metadata: Metadata = None  # the client's own; returned with the response
+    user: str | None = None  # the client's end user: a canary consistently answers the same users
+    safety_identifier: str | None = None  # this and the next fields are OpenAI's bookkeeping: no effect on the answer
     prompt_cache_key: str | None = None  # no effect
     prompt_cache_retention: str | None = None  # no effect
     service_tier: Literal["auto", "default"] | None = None  # no effect
     max_tool_calls: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # of tools that OpenAI runs: no effect
     # extensions
     seed: Annotated[int | None, Field(ge=-INT64, lt=INT64), Whole] = None  # the same seed gives the same answer
-    stop: Stop = ()  # texts that end the answer and are no part of it
+    stop: Stop = ()  # texts that end the answer and are not part of it
     logit_bias: Annotated[Biases, Field(default_factory=dict)]  # by token id
     top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # least share of the likeliest token's probability
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off tokens that were generated
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off once for each time
-    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides tokens of prompt and answer
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # minimum share of the likeliest token's probability
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # subtracted from generated tokens' logits
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # subtracted once per occurrence
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides logits of prompt and answer
     ignore_eos: bool | None = None  # continue to max_output_tokens
-    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with equal salts share a cache
 
 
 EXTENSIONS = (
@@ -139,4 +139,4 @@ EXTENSIONS = (
     "cache_salt",
 )
 SAME = ("model", "temperature", "top_p", "stream", "user", "parallel_tool_calls", *EXTENSIONS)
-"""The fields that mean the same to /v1/chat/completions."""
+"""The fields with the same meaning in /v1/chat/completions."""

@@ -1,4 +1,4 @@
-"""A request of /v1/responses as the chat that answers it: items become turns; what is wrong is named as it was sent.
+"""Translates a request of /v1/responses into a chat: items become turns; errors name the original fields.
 
 Reference: https://platform.openai.com/docs/api-reference/responses/create (`input`, `tools`, `tool_choice`, `text`).
 """
@@ -27,12 +27,12 @@ FIELDS = {
     "function_call": ("type", "call_id", "name", "arguments", "id", "status"),
     "function_call_output": ("type", "call_id", "output", "id", "status"),
 }
-AT_REST = {"defer_loading": False, "allowed_callers": ["direct"]}  # of a tool: what happens anyway
+AT_REST = {"defer_loading": False, "allowed_callers": ["direct"]}  # of a tool: values that match our behaviour
 REMEDIES = {
-    "item_reference": "nothing of a response is kept here; send the item itself",
-    "reasoning": "the models here answer at once; leave it out",
+    "item_reference": "responses are not stored here; send the item itself",
+    "reasoning": "the models here do not reason; leave it out",
     "input_image": "prompts are text",
-    "input_file": "prompts are text; send what the file says",
+    "input_file": "prompts are text; send the file's content",
     "input_audio": "prompts are text",
 }
 RENAMED = (
@@ -46,11 +46,11 @@ TURN = re.compile(r"\bmessages(?:\[(\d+)\](?:\.tool_calls(?:\[(\d+)\](?:\.functi
 
 
 class Translation:
-    """`chat` is what answers the request; `named` gives an error about it in the words of the request."""
+    """`chat` is the translated request; `named` rewrites an error about it in terms of the original."""
 
     def __init__(self, request: ResponsesRequest) -> None:
         self._turns: list[dict[str, Any]] = []
-        self._places: list[list[int]] = []  # of each turn: the items that it is made of, its calls last
+        self._places: list[list[int]] = []  # per turn: the indices of its items, calls last
         if request.instructions:
             self._say("system", request.instructions, None)
         if isinstance(request.input, str):
@@ -71,10 +71,10 @@ class Translation:
         form = _response_format(request)
         if form is not None:
             fields["response_format"] = form
-        self.chat = ChatRequest.model_validate(fields)  # every field was checked, or is made here
+        self.chat = ChatRequest.model_validate(fields)  # all fields are checked or made here
 
     def named(self, error: PedroError) -> PedroError:
-        """The error with the names of /v1/responses."""
+        """The error with field names of /v1/responses."""
         made = copy.copy(error)
         made.message = self._renamed(error.message)
         made.param = None if error.param is None else self._renamed(error.param)
@@ -102,7 +102,7 @@ class Translation:
         for name in given:
             if name not in FIELDS[kind]:
                 known = ", ".join(FIELDS[kind])
-                message = f"{where}.{shown(name)[1:-1]}: not known here; known: {known}"
+                message = f"{where}.{shown(name)[1:-1]}: unknown; known: {known}"
                 raise PedroError(message, param=where, code="unknown_parameter")
         if kind == "message":
             role = given.get("role")
@@ -120,13 +120,13 @@ class Translation:
 
     def _say(self, role: str, text: str, place: int | None) -> None:
         last = self._turns[-1] if self._turns else {}
-        if role == "assistant" and last.get("tool_calls"):  # said beside its calls
+        if role == "assistant" and last.get("tool_calls"):  # text beside its calls
             last["content"] += text
         else:
             self._turn({"role": role, "content": text}, place)
 
     def _call(self, call: dict[str, Any], place: int) -> None:
-        """Calls of one answer, and what it said before them, are one turn of a chat."""
+        """The calls of one answer, and the text before them, are one turn of a chat."""
         if not self._turns or self._turns[-1]["role"] != "assistant":
             self._turn({"role": "assistant", "content": ""}, None)
         self._turns[-1].setdefault("tool_calls", []).append(call)
@@ -138,7 +138,7 @@ class Translation:
 
 
 def _text(value: Any, where: str) -> str:
-    """A text, or text parts joined as they are."""
+    """A text, or text parts concatenated."""
     if isinstance(value, str):
         return value
     _check(isinstance(value, list) and bool(value), where, "expected a string or a list of text parts", value)
@@ -153,7 +153,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A tool as chats have it. What is wrong within it `tool_fields` says."""
+    """A tool in the form of chats; `tool_fields` validates its content."""
     if tool.get("type") != "function":
         raise _unsupported(
             f"{where}.type", tool.get("type"), 'only functions that the client runs can be called; expected "function"'

@@ -1,6 +1,6 @@
-"""The answer to /v1/responses as it grows: its output items, and the typed events that tell of them.
+"""The growing response of /v1/responses: its output items and typed events.
 
-Text of the answer is one message; each call of a tool is an item of its own, given once it is whole.
+Text is one message; each tool call is a separate item, sent once it is complete.
 Reference: https://platform.openai.com/docs/api-reference/responses/object and .../responses-streaming
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-Event = tuple[str, dict[str, Any]]  # its type, and what it has beside type and sequence_number
+Event = tuple[str, dict[str, Any]]  # its type, and its fields besides type and sequence_number
 
 
 class OutputItems:
-    """What one answer holds. Each method gives the events of what it did; `items` are those that were begun."""
+    """The items of one answer. Each method returns its events; `items` are those begun so far."""
 
     def __init__(self) -> None:
         self.items: list[dict[str, Any]] = []
-        self._text: list[str] | None = None  # of the message that is open
+        self._text: list[str] | None = None  # of the open message
 
     def add_text(self, text: str) -> list[Event]:
-        """More text, of the open message or a new one."""
+        """Add text to the open message or a new one."""
         if not text:
             return []
         events = [] if self._text is not None else self._open()
@@ -28,7 +28,7 @@ class OutputItems:
         return [*events, self._in_item("response.output_text.delta", delta=text, logprobs=[])]
 
     def call(self, call: dict[str, Any]) -> list[Event]:
-        """A whole call, in the form of chats."""
+        """Add a complete call, in the form of chats."""
         events = self._close("completed")
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         item = {
@@ -50,7 +50,7 @@ class OutputItems:
         ]
 
     def end(self, status: str) -> list[Event]:
-        """Nothing more comes. An answer without a word is an empty message."""
+        """End the answer. Without any text it is an empty message."""
         return [*([] if self.items else self._open()), *self._close(status)]
 
     def _open(self) -> list[Event]:
@@ -62,7 +62,7 @@ class OutputItems:
         return [begun, self._in_item("response.content_part.added", part=dict(part))]
 
     def _add(self, text: str) -> None:
-        assert self._text is not None, "a message is open"
+        assert self._text is not None, "no message is open"
         self._text.append(text)
 
     def _close(self, status: str) -> list[Event]:
@@ -91,7 +91,7 @@ class OutputItems:
 
 
 def new_id(kind: str) -> str:
-    """An id of OpenAI's form."""
+    """An id in OpenAI's form."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 

@@ -1,4 +1,4 @@
-"""/v1/adapters: a tenant sees and moves versions of its own adapters; operators those of all, and who holds them."""
+"""/v1/adapters: tenants see their adapters and move aliases; operators see all, and where they are resident."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def set_shadow(request: Request, name: str, caller: Owner) -> dict[str, An
 
 @router.post("/{name}/feedback")
 async def feedback(request: Request, name: str, caller: Rater) -> dict[str, Any]:
-    """`counted` is false where it is no answer of a canary or of the champion beside it."""
+    """`counted` is false if the answer is neither a canary's nor of the champion beside one."""
     wanted = parse(FeedbackRequest, await read_body(request))
     version, score = _rated(wanted, name), _score(wanted)
     card = await backend_for(request, caller).get_adapter(caller.view, name)
@@ -95,14 +95,14 @@ async def delete_version(request: Request, name: str, version: Number, caller: O
 
 @router.post("/{ref}/load")
 async def load(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
-    """`ref`, as in a request's `model`: the version that it means now becomes resident on every replica."""
+    """`ref`, as in a request's `model`: the version to which it resolves now becomes resident on every replica."""
     held = await request.app.state.backend().load_adapter(caller.view, ref)
     return await _entered(request, caller, "adapter.load", ref, held)
 
 
 @router.post("/{ref}/pin")
 async def pin(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
-    """Loads it, and keeps it from being evicted."""
+    """Loads it and prevents its eviction."""
     held = await request.app.state.backend().pin_adapter(caller.view, ref)
     return await _entered(request, caller, "adapter.pin", ref, held)
 
@@ -116,7 +116,7 @@ async def unpin(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
 
 @router.post("/{ref}/unload")
 async def unload(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
-    """Gives its memory back; a running request keeps what it holds."""
+    """Frees its memory; running requests keep it until they end."""
     held = await request.app.state.backend().unload_adapter(caller.view, ref)
     return await _entered(request, caller, "adapter.unload", ref, held)
 
@@ -124,7 +124,7 @@ async def unload(request: Request, ref: str, caller: Admin) -> dict[str, Any]:
 def _rated(wanted: FeedbackRequest, name: str) -> int:
     """The version that answered."""
     if (wanted.version is None) == (wanted.system_fingerprint is None):
-        raise PedroError("version: give the one that answered, or the answer's system_fingerprint", param="version")
+        raise PedroError("version: send the version that answered, or the answer's system_fingerprint", param="version")
     if wanted.version is not None:
         return wanted.version
     try:
@@ -138,7 +138,7 @@ def _rated(wanted: FeedbackRequest, name: str) -> int:
 
 def _score(wanted: FeedbackRequest) -> float:
     if (wanted.score is None) == (wanted.thumb is None):
-        raise PedroError("score: give a score from 0 to 1, or a thumb, up or down", param="score")
+        raise PedroError("score: send a score from 0 to 1, or a thumb, up or down", param="score")
     return wanted.score if wanted.score is not None else float(wanted.thumb == "up")
 
 
@@ -150,18 +150,18 @@ def _adapter(card: AdapterCard) -> dict[str, Any]:
 
 
 async def _residents(backend: Backend, caller: Principal) -> list[AdapterResidence] | None:
-    """None while the engine does not answer: versions and aliases can be seen and moved without it."""
+    """None while the engine does not answer: versions and aliases can be shown and moved without it."""
     if not caller.is_admin:
         return None
     try:
         return await backend.residents(caller.view)
     except PedroError as error:
-        log.warning("where adapters are resident is not known: %s", error)
+        log.warning("the residency of adapters is unknown: %s", error)
         return None
 
 
 def _residence(caller: Principal, held: list[AdapterResidence] | None, name: str) -> dict[str, Any]:
-    """Replicas are the operators' to see."""
+    """Only operators see replicas."""
     if not caller.is_admin:
         return {}
     return {"residence": None if held is None else [_residence_body(entry) for entry in held if entry.name == name]}
@@ -170,7 +170,7 @@ def _residence(caller: Principal, held: list[AdapterResidence] | None, name: str
 async def _entered(
     request: Request, caller: Principal, action: str, ref: str, held: list[AdapterResidence]
 ) -> dict[str, Any]:
-    """What replicas hold now, once the audit has it: what cannot be entered is not told as done."""
+    """The residences, after recording the change in the audit: if that fails, the request fails."""
     store: Store = request.app.state.store
     await asyncio.to_thread(store.audit, action, tenant_of(ref), ref, actor=actor_of(request, caller))
     return {"object": "adapter.residence", "model": ref, "residence": [_residence_body(entry) for entry in held]}

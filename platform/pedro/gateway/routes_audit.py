@@ -17,7 +17,7 @@ from pedro.gateway.pages import page
 from pedro.store import PLATFORM, READ, AuditEntry, AuditQuery
 
 router = APIRouter()
-TYPES = {  # OpenAI's names of what it has a name for; everything else goes by ours
+TYPES = {  # OpenAI's names where it has them; otherwise ours
     "key.create": "api_key.created",
     "key.rotate": "api_key.updated",
     "key.revoke": "api_key.deleted",
@@ -36,7 +36,7 @@ OPERATOR: dict[str, Any] = {"type": "session", "session": {"user": {"id": "opera
 async def list_audit_logs(request: Request, caller: Annotated[Principal, Depends(counted(READ))]) -> dict[str, Any]:
     if caller.models is not None:
         raise ScopeError(
-            "This API key is held to some adapters, and the audit is all of its tenant's; use another key."
+            "This API key is restricted to some adapters, but the audit covers the whole tenant; use another key."
         )
     given = _parameters(request)
     limit = _whole("limit", given.pop("limit", [str(DEFAULT_LIMIT)])[0], 1, MAX_LIMIT)
@@ -48,7 +48,7 @@ async def list_audit_logs(request: Request, caller: Annotated[Principal, Depends
 
 
 def _parameters(request: Request) -> dict[str, list[str]]:
-    """The query by name, a list's brackets left out. Raises PedroError for a name that is not known."""
+    """The query by name, without the brackets of lists. Raises PedroError for an unknown name."""
     given: dict[str, list[str]] = {}
     known = {"limit", "after", *LISTS, *(f"effective_at[{word}]" for word in MOMENTS)}
     for key, value in request.query_params.multi_items():
@@ -68,7 +68,7 @@ def _parameters(request: Request) -> dict[str, list[str]]:
 
 
 def _query(given: dict[str, list[str]], caller: Principal) -> AuditQuery | None:
-    """What is asked for; None for rows of other tenants alone."""
+    """The filter; None if it matches only other tenants' rows."""
     lists = {name: tuple(given.get(name, ())) for name in LISTS}
     tenants, actors = lists["project_ids"], lists["actor_ids"]
     others_alone = bool(tenants) and caller.tenant not in tenants
@@ -77,7 +77,7 @@ def _query(given: dict[str, list[str]], caller: Principal) -> AuditQuery | None:
         actors = tuple(f"key:{caller.tenant}/{actor}" for actor in actors)
     since, until = [0], [BIGGEST]
     before: str | None = None
-    for word in MOMENTS:  # moments are told in whole seconds
+    for word in MOMENTS:  # times are in whole seconds
         for text in given.get(f"effective_at[{word}]", ()):
             moment = _whole(f"effective_at[{word}]", text, 0, BIGGEST - 1)
             (since if word.startswith("g") else until).append(moment + (word in ("gt", "lte")))
@@ -124,7 +124,7 @@ def _log(entry: AuditEntry, caller: Principal) -> dict[str, Any]:
 
 
 def _actor(entry: AuditEntry, caller: Principal) -> dict[str, Any]:
-    """To a tenant, whoever is none of its keys is the operator."""
+    """Tenants see actors other than their own keys as the operator."""
     kind, _, name = entry.actor.partition(":")
     tenant, _, key_id = name.partition("/")
     if not caller.is_admin and (kind, tenant) != ("key", caller.tenant):

@@ -37,9 +37,9 @@ class BatchRequest(Body):
     parts: ClassVar[dict[str, type[Body]]] = {"output_expires_after": OutputExpiry}
     input_file_id: str  # of an uploaded file of the purpose "batch"
     endpoint: Endpoint  # the url of every row
-    completion_window: Literal["24h"]  # rows that have no answer by then get none
-    metadata: Metadata = None  # of the client's own
-    output_expires_after: OutputExpiry | None = None  # when the files of answers go; 30 days if not given
+    completion_window: Literal["24h"]  # rows unanswered by then expire
+    metadata: Metadata = None  # the client's own
+    output_expires_after: OutputExpiry | None = None  # when the output files expire; default 30 days
 
 
 @router.post("")
@@ -93,19 +93,21 @@ async def cancel_batch(request: Request, batch_id: str, caller: Asker) -> dict[s
 
 
 def _enter(request: Request, caller: Principal, batch: BatchRecord) -> None:
-    """On a thread. Raises PedroError for a file that is not the tenant's or has another purpose."""
+    """On a thread. Raises PedroError if the file is not the tenant's or has another purpose."""
     store = _store(request)
     check_input_file(store, batch.tenant, "input_file_id", batch.input_file_id, BATCH)
-    request.app.state.files.check_room(batch.tenant, 1)  # what it leaves is taken whatever its size
+    request.app.state.files.check_room(batch.tenant, 1)  # its output is stored whatever its size
     store.create_batch(batch, request.app.state.settings.max_open_batches, actor=actor_of(request, caller))
 
 
 def _runner(request: Request, caller: Principal) -> BatchRunner:
     if caller.models is not None:
-        raise ScopeError("This API key is held to some adapters, and batches are all of its tenant's; use another key.")
+        raise ScopeError(
+            "This API key is restricted to some adapters, but batches belong to the whole tenant; use another key."
+        )
     runner: BatchRunner | None = request.app.state.batches
     if runner is None:
-        raise UnavailableError("This server has no storage for files, and batches need one.", code="storage")
+        raise UnavailableError("This server has no storage for files, which batches need.", code="storage")
     return runner
 
 

@@ -1,4 +1,4 @@
-"""/v1/embeddings: each input is a call of the backend that makes no token.
+"""/v1/embeddings: each input is a backend call that generates no token.
 
 Reference: https://platform.openai.com/docs/api-reference/embeddings/create
 """
@@ -36,7 +36,7 @@ async def create_embeddings(request: Request, caller: Annotated[Principal, Depen
 def embedding_calls(
     request: EmbeddingsRequest, *, tenant: str, trace_id: str, max_choices: int, timeout_s: float | None = None
 ) -> tuple[GenerateCall, ...]:
-    """One call an input, in their order. Raises PedroError for too many."""
+    """One call per input, in order. Raises PedroError if there are too many."""
     if len(request.input) > max_choices:
         raise PedroError(f"input: expected at most {max_choices} items, got {len(request.input)}", param="input")
     stem = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""/v1/files: a tenant's uploaded files, as OpenAI's clients ask for them.
+"""/v1/files: a tenant's uploaded files, for OpenAI's clients.
 
 Reference: https://platform.openai.com/docs/api-reference/files
 """
@@ -81,7 +81,7 @@ async def delete_file(request: Request, file_id: str, caller: Trainer) -> dict[s
 
 
 class _ListQuery:
-    """What a list is asked for. Raises PedroError for anything else."""
+    """The parameters of a list. Raises PedroError for invalid ones."""
 
     def __init__(self, query: Iterable[tuple[str, str]]) -> None:
         given = known_parameters(query, ("after", "limit", "order", "purpose"))
@@ -97,7 +97,9 @@ class _ListQuery:
 
 def _files(request: Request, caller: Principal) -> Files:
     if caller.models is not None:
-        raise ScopeError("This API key is held to some adapters, and files are all of its tenant's; use another key.")
+        raise ScopeError(
+            "This API key is restricted to some adapters, but files belong to the whole tenant; use another key."
+        )
     files: Files | None = request.app.state.files
     if files is None:
         raise UnavailableError("This server has no storage for files.", code="storage")
@@ -118,7 +120,7 @@ def _file(record: FileRecord) -> dict[str, Any]:
         "expires_at": None if record.expires is None else int(record.expires),
         "filename": record.filename,
         "purpose": record.purpose,
-        "status": "processed",  # whether it can be trained on is said by the job that uses it
+        "status": "processed",  # the job that uses it validates it
         "status_details": None,
     }
 

@@ -1,8 +1,8 @@
-"""/v1/fine_tuning/jobs: a tenant's jobs, as OpenAI's clients make, follow and end them.
+"""/v1/fine_tuning/jobs: a tenant's jobs, created, followed and ended by OpenAI's clients.
 
-A job is a row of the store; a controller looks at its files and starts it when its turn comes. Nothing of this host can
-be named: data are ids of uploaded files, backbones are those that the server has.
-Reference: https://platform.openai.com/docs/api-reference/fine-tuning
+A job is a row of the store; a controller validates its files and starts it when its turn comes. Requests cannot refer
+to the host's files: data are ids of uploaded files, backbones are those of the server. Reference:
+https://platform.openai.com/docs/api-reference/fine-tuning
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ async def create_job(request: Request, caller: Owner) -> dict[str, Any]:
     sent = Idempotency(_idempotency_key(request), _digest(asked))
     if not dry_run:
         earlier = await asyncio.to_thread(_store(request).job_asked_before, caller.tenant, sent)
-        if earlier is not None and _may_see(caller, earlier):  # whatever its model's name means by now
+        if earlier is not None and _may_see(caller, earlier):  # even if its model's name resolves differently by now
             return _job(request, earlier)
     backbones: dict[str, str] = request.app.state.settings.backbones
     parent = None if asked.model in backbones else await asyncio.to_thread(_parent, request, caller, asked.model)
     backbone = backbones[asked.model] if parent is None else served_backbone(parent, backbones)
     adapter = adapter_of(asked.suffix, sent.key)
     if caller.models is not None and ModelRef(caller.tenant, adapter).name not in caller.models:
-        message = "suffix: this API key is held to other adapters"
+        message = "suffix: this API key is restricted to other adapters"
         raise PedroError(message, param="suffix", code="invalid_value")
     spec = spec_of(asked, caller.tenant, adapter, backbone, parent)
     if len(json.dumps(spec)) > MAX_SPEC:
@@ -81,7 +81,7 @@ async def list_jobs(request: Request, caller: Reader) -> dict[str, Any]:
     labels = _labels([(name, value) for name, value in pairs if _is_label(name)])
     given = known_parameters([pair for pair in pairs if not _is_label(pair[0])], (*PAGED, "metadata[…]"))
     limit, after = page_limit(given.get("limit")), given.get("after")
-    most = limit + 1 if caller.models is None else None  # what the key may not see is left out before the page is cut
+    most = limit + 1 if caller.models is None else None  # filtered by the key's adapters before paging
     listed = await asyncio.to_thread(_store(request).list_jobs, caller.tenant, limit=most, after=after, labels=labels)
     found = [job for job in listed if _may_see(caller, job)]
     return page(found, limit, lambda job: _job(request, job))
@@ -130,7 +130,7 @@ def _asks_for_dry_run(request: Request) -> bool:
 
 
 def _check_files(request: Request, caller: Principal, asked: JobRequest) -> None:
-    """On a thread. Raises PedroError for a file that is not the tenant's, or of another purpose."""
+    """On a thread. Raises PedroError if a file is not the tenant's, or has another purpose."""
     for field, file_id in (("training_file", asked.training_file), ("validation_file", asked.validation_file)):
         if file_id is not None:
             check_input_file(_store(request), caller.tenant, field, file_id, FINE_TUNE)
@@ -139,8 +139,8 @@ def _check_files(request: Request, caller: Principal, asked: JobRequest) -> None
 def _create(
     request: Request, caller: Principal, asked: JobRequest, spec: dict[str, Any], sent: Idempotency
 ) -> dict[str, Any]:
-    """On a thread. Raises PedroError for a model that is deleted by now, RateLimitError for a tenant that has as many
-    jobs as it may."""
+    """On a thread. Raises PedroError if the model was deleted meanwhile, RateLimitError if the tenant has too many
+    jobs."""
     try:
         job = _store(request).ask_for_job(
             caller.tenant,
@@ -158,7 +158,8 @@ def _create(
 
 
 def _own_job(request: Request, caller: Principal, job_id: str) -> JobRecord:
-    """Raises NotFoundError, the same for an unknown job, one of another tenant, and one of an adapter not the key's."""
+    """Raises NotFoundError, the same for an unknown job, another tenant's, and one of an adapter not allowed to the
+    key."""
     job = _store(request).get_job(job_id, caller.tenant)
     if not _may_see(caller, job):
         raise job_not_found(job_id)
@@ -170,7 +171,7 @@ def _may_see(caller: Principal, job: JobRecord) -> bool:
 
 
 def _parent(request: Request, caller: Principal, model: str) -> Version:
-    """The caller's own version that a job is to go on from; any other name is answered alike."""
+    """The caller's version from which a job continues; all other names get the same error."""
     with suppress(NotFoundError):
         version = _store(request).get_own_version(model, caller.tenant, "model")
         if caller.models is None or version.name in caller.models:
@@ -180,12 +181,12 @@ def _parent(request: Request, caller: Principal, model: str) -> Version:
 
 def _no_model(request: Request, model: str) -> PedroError:
     known = ", ".join(request.app.state.settings.backbones) or "none"
-    message = f"model: {model[:80]!r} is none that can be fine-tuned here; this server has {known}"
+    message = f"model: {model[:80]!r} cannot be fine-tuned here; this server has {known}"
     return PedroError(message, param="model", code="model_not_found")
 
 
 def _digest(asked: JobRequest) -> str:
-    """Of a request as it was given, before its names are taken for what they mean now."""
+    """A digest of the request as received, before its names are resolved."""
     return hashlib.sha256(json.dumps(asked.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
@@ -222,7 +223,7 @@ def _is_label(name: str) -> bool:
 
 
 def _labels(given: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Raises PedroError for more than a job can have, and for what no database takes."""
+    """Raises PedroError for too many entries, or text that databases cannot store."""
     if len(given) > MAX_METADATA or not all((name + value).isprintable() for name, value in given):
         message = f"metadata: expected at most {MAX_METADATA} keys, and printable text"
         raise PedroError(message, param="metadata", code="invalid_value")
@@ -269,7 +270,7 @@ def _estimated_finish(job: JobRecord) -> int | None:
 
 
 def _file_id(location: object) -> str:
-    """What a job of the command line trains on has no id."""
+    """Data of jobs from the command line have no id."""
     text = str(location or "")
     return text if text.startswith("file-") else ""
 

@@ -1,4 +1,4 @@
-"""/health and /ready, for probes: no key, and nothing said beyond yes or no."""
+"""/health and /ready, for probes: no key, and no details beyond yes or no."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> JSONResponse:
-    """A request would be answered now; `degraded` while the database is away: names that nobody asked for before are
-    not known, and limits that gateways share are this one's share."""
+    """Whether requests can be answered now; `degraded` while the database is away: names that were not used before are
+    unknown, and each gateway applies its share of the limits."""
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             backend = request.app.state.backend()
             is_ready, is_degraded = await backend.ready(), await backend.degraded()
             is_degraded = is_degraded or request.app.state.quotas.degraded
-    except Exception as error:  # noqa: BLE001 (whatever it is, the answer to the probe is no)
+    except Exception as error:  # noqa: BLE001 (any error: not ready)
         log.warning("not ready: %r", error)
         return JSONResponse({"status": "not ready"}, status_code=503)
     if not is_ready:

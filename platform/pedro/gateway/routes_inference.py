@@ -1,4 +1,4 @@
-"""/v1/completions and /v1/chat/completions: the body, validated, becomes calls for the backend, which are admitted."""
+"""/v1/completions and /v1/chat/completions: turns validated bodies into backend calls and admits them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pedro.gateway.schemas import ChatRequest, CompletionRequest, SamplingFields
 from pedro.store import INFER
 
 TIMEOUT = "x-request-timeout"
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chat may run to the end of the context
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; chats are only limited by the context
 _BEAMS = ("length_penalty", "early_stopping")
 _SHARED = ("seed", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty", "ignore_eos", "min_tokens")
 router = APIRouter()
@@ -59,7 +59,7 @@ def _chat_format(call: GenerateCall) -> ChatFormat:
 
 
 def call_context(request: Request, caller: Principal) -> dict[str, Any]:
-    """What the calls of a request have of it and of who sent it."""
+    """The fields that all calls of a request share."""
     return {
         "tenant": caller.view,
         "trace_id": request_id_of(request.scope),
@@ -69,7 +69,7 @@ def call_context(request: Request, caller: Principal) -> dict[str, Any]:
 
 
 def _timeout_s(request: Request) -> float | None:
-    """The header `x-request-timeout`, in seconds: how long the answer may take, within what the server allows."""
+    """The header `x-request-timeout`, in seconds: how long the answer may take, up to the server's limit."""
     given = request.headers.get(TIMEOUT)
     if given is None:
         return None
@@ -83,7 +83,7 @@ def _timeout_s(request: Request) -> float | None:
 
 
 def _delivery(request: Request, caller: Principal, wanted: ChatRequest | CompletionRequest) -> dict[str, Any]:
-    """How the answer goes out, and where what it uses is entered."""
+    """The answer's format, and its entry in the usage ledger."""
     entry = request.app.state.usage.entry(caller.tenant, caller.key_id, wanted.model)
     return {"entry": entry, "stream": bool(wanted.stream), "options": wanted.stream_options or StreamOptions()}
 
@@ -91,13 +91,13 @@ def _delivery(request: Request, caller: Principal, wanted: ChatRequest | Complet
 def completion_calls(
     request: CompletionRequest, *, tenant: str, trace_id: str, max_choices: int, timeout_s: float | None = None
 ) -> tuple[GenerateCall, ...]:
-    """One call a prompt, in the order of the prompts. Raises PedroError for fields that contradict each other."""
+    """One call per prompt, in order. Raises PedroError for contradictory fields."""
     _check_shared(request)
     n, prompts, wide = request.n or 1, request.prompt, _width(request)
     if wide * len(prompts) > max_choices:
         field = "n" if wide == n else "best_of"
         raise PedroError(
-            f"{field}: {len(prompts)} prompts × {wide} exceed {max_choices} choices a request", param=field
+            f"{field}: {len(prompts)} prompts × {wide} exceed {max_choices} choices per request", param=field
         )
     max_tokens = COMPLETION_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     if max_tokens == 0 and (request.use_beam_search or not request.echo):
@@ -129,12 +129,12 @@ def completion_calls(
 def chat_call(
     request: ChatRequest, *, tenant: str, trace_id: str, max_choices: int, timeout_s: float | None = None
 ) -> GenerateCall:
-    """Raises PedroError for fields that contradict each other."""
+    """Raises PedroError for contradictory fields."""
     _check_shared(request)
     n, wide = request.n or 1, _width(request)
     if wide > max_choices:
         field = "n" if wide == n else "best_of"
-        raise PedroError(f"{field}: {wide} exceeds {max_choices} choices a request", param=field)
+        raise PedroError(f"{field}: {wide} exceeds {max_choices} choices per request", param=field)
     if request.top_logprobs and not request.logprobs:
         raise PedroError("top_logprobs: needs logprobs to be true", param="top_logprobs")
     limits = {request.max_tokens, request.max_completion_tokens} - {None}
@@ -172,7 +172,8 @@ def _check_shared(request: SamplingFields) -> None:
     if request.use_beam_search:
         if request.stream:
             raise PedroError(
-                "stream: beams change until they are finished and cannot be streamed; send stream=false", param="stream"
+                "stream: beam search cannot be streamed, since beams change until they finish; send stream=false",
+                param="stream",
             )
         if request.temperature:
             raise PedroError(
@@ -194,7 +195,7 @@ def _check_shared(request: SamplingFields) -> None:
 
 
 def _shape(request: SamplingFields) -> AnswerShape | None:
-    """What the answers are held to."""
+    """The shape of the answers."""
     plain = request.response_format is None and request.structured_outputs is None
     return None if plain else answer_shape(request)
 
@@ -205,7 +206,7 @@ def _width(request: SamplingFields) -> int:
 
 
 def _params(request: SamplingFields) -> dict[str, Any]:
-    """OpenAI's defaults where it has them, and only what was set otherwise."""
+    """OpenAI's defaults where it has them; otherwise only fields that were set."""
     params: dict[str, Any] = {
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "top_p": 1.0 if request.top_p is None else request.top_p,
@@ -219,7 +220,7 @@ def _params(request: SamplingFields) -> dict[str, Any]:
         params["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.top_k is not None and request.top_k > 0:
         params["top_k"] = request.top_k
-    if params["top_p"] == 0:  # the smallest set of tokens that there is: the likeliest one
+    if params["top_p"] == 0:  # the smallest possible set: the likeliest token
         params |= {"top_p": 1.0, "top_k": 1}
     if request.use_beam_search:
         params |= {"temperature": 0.0, "num_beams": _width(request)}

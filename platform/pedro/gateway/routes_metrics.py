@@ -1,6 +1,7 @@
-"""/metrics and /metrics/history: the gateway's and the engines' figures, as of now and over time.
+"""/metrics and /metrics/history: the gateway's and the engines' metrics, current and over time.
 
-They show every tenant, so they need an admin key, from this machine too: a proxy on it looks like any other caller.
+They cover every tenant, so they need an admin key, also from this machine: requests through a local proxy come from it,
+too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Operator = Annotated[Principal, Depends(require(ADMIN))]
 
 @router.get("/metrics")
 async def metrics(request: Request, _: Operator) -> PlainTextResponse:
-    """Prometheus's text format; as OpenMetrics for who takes that, while requests are traced."""
+    """Prometheus's text format; OpenMetrics for clients that accept it, while tracing is on."""
     if tracing.TRACER is not None and open_metrics.MEDIA_TYPE in request.headers.get("accept", ""):
         return PlainTextResponse(await _sampler(request).open_text(), media_type=open_metrics.OPEN_METRICS)
     return PlainTextResponse(await _sampler(request).text(), media_type=CONTENT_TYPE_LATEST)
@@ -34,7 +35,7 @@ async def metrics(request: Request, _: Operator) -> PlainTextResponse:
 
 @router.get("/metrics/history")
 async def metrics_history(request: Request, _: Operator) -> Response:
-    """What adapters gained from one reading to the next: those of the last `seconds` that ended later than `after`."""
+    """Increases of adapters' metrics between samples: intervals of the last `seconds` that ended after `after`."""
     given = dict(request.query_params)
     if unknown := next((name for name in given if name not in ("seconds", "after")), None):
         message = f"{unknown[:40]}: unknown; known are seconds, after"

@@ -1,4 +1,4 @@
-"""/v1/models: the names that the caller may use; a version of its own that no alias serves can be deleted."""
+"""/v1/models: the names that the caller may use; its own versions without an alias can be deleted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def list_models(request: Request, caller: Reader) -> dict[str, Any]:
     return {"object": "list", "data": [_model(card) for card in cards]}
 
 
-@router.get("/v1/models/{name:path}")  # a backbone's hub id holds a slash
+@router.get("/v1/models/{name:path}")  # a backbone's hub id contains a slash
 async def get_model(request: Request, name: str, caller: Reader) -> dict[str, Any]:
     return _model(await backend_for(request, caller).get_model(caller.view, name))
 
@@ -38,10 +38,10 @@ async def delete_model(request: Request, name: str, caller: Owner) -> dict[str, 
     if ref is None or ref.version is None:
         card = await backend.get_model(caller.view, name)
         if ref is None:
-            raise ConflictError(f"'{name}' is the backbone, which stays", param="model")
-        assert card.version is not None, "the name of an adapter means a version"
+            raise ConflictError(f"'{name}' is the backbone, which cannot be deleted", param="model")
+        assert card.version is not None, "the name of an adapter resolves to a version"
         now = ref.at(card.version)
-        raise ConflictError(f"'{name}' means '{now}' now; name the version that is to be deleted", param="model")
+        raise ConflictError(f"'{name}' currently means '{now}'; name the version to delete", param="model")
     if ref.digest:
         raise PedroError(f"model: expected '{ref.without_digest}', without a digest", param="model")
     try:

@@ -1,4 +1,4 @@
-"""/openapi.json: what the routes take and answer, for operators and for clients on this machine."""
+"""/openapi.json: the API's description, for operators and for clients on this machine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastapi.responses import Response
 from pedro.gateway.auth import require
 from pedro.store import ADMIN
 
-FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # a proxy on this machine speaks for somebody else
+FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # a proxy on this machine forwards for others
 router = APIRouter()
 operator = require(ADMIN)
 
 
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
-    """The OpenAPI document, to an admin key; on this machine without a key, too."""
+    """The OpenAPI document, with an admin key, or from this machine without one."""
     if "authorization" in request.headers or not _is_local(request):
         await operator(request)
     return Response(_document(request.app), media_type="application/json")

@@ -1,4 +1,4 @@
-"""/v1/responses: translates a request into a chat, and its answer back. Nothing is stored.
+"""/v1/responses: translates a request into a chat, and its answer back. Stores nothing.
 
 Reference: https://platform.openai.com/docs/api-reference/responses/create
 """

@@ -1,6 +1,6 @@
 """/tokenize, /detokenize and /tokenizer_info in the form of vLLM's server.
 
-Each counts as one request of the caller's quota, and as no tokens.
+Each counts as one request against the caller's quota, without tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ async def tokenize(request: Request, caller: Caller) -> dict[str, Any]:
     if (wanted.prompt is None) == (wanted.messages is None):
         raise PedroError("prompt: send either prompt or messages", param="prompt")
     if wanted.messages is not None and wanted.add_special_tokens:
-        raise PedroError("add_special_tokens: messages have theirs from the format", param="add_special_tokens")
+        raise PedroError("add_special_tokens: the format of messages determines them", param="add_special_tokens")
     prompt = wanted.prompt if wanted.prompt is not None else plain_messages(wanted.messages or ())
     special = wanted.prompt is not None and wanted.add_special_tokens is not False
     await admit(request, caller)

@@ -1,8 +1,7 @@
-"""/v1/usage: what was used, by day, tenant, model and key; and the same in the shape of OpenAI's usage of completions.
+"""/v1/usage: usage by day, tenant, model and key; also in the form of OpenAI's completions usage.
 
-A tenant's key sees its own tenant; an admin key all of them, or the one that it names. Keys that are held to some
-adapters see neither.
-Reference: https://platform.openai.com/docs/api-reference/usage/completions
+A tenant's key sees its own tenant; an admin key all, or the one that it names. Keys that are restricted to some
+adapters see none. Reference: https://platform.openai.com/docs/api-reference/usage/completions
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Caller = Annotated[Principal, Depends(counted(INFER, TRAIN, READ))]
 
 @router.get("/v1/usage")
 async def usage(request: Request, caller: Caller) -> Response:
-    """Sums by what `group_by` names, a page of them, and the total of all."""
+    """A page of sums by the fields in `group_by`, and the overall total."""
     given = _query(request, ("tenant", "group_by", "start_date", "end_date", "limit", "page", "format"))
     by = given.get("group_by") or list(USAGE_GROUPS)
     check_usage_groups("group_by", by)
@@ -65,11 +64,11 @@ async def usage(request: Request, caller: Caller) -> Response:
 
 @router.get("/v1/organization/usage/completions")
 async def openai_usage(request: Request, caller: Caller) -> dict[str, Any]:
-    """Buckets of a day (UTC) each; a project is a tenant."""
+    """Daily buckets (UTC); a project is a tenant."""
     fields = ("start_time", "end_time", "bucket_width", "group_by", "limit", "page", *OPENAI_FILTERS)
     given = _query(request, fields)
     if _one(given, "bucket_width") not in (None, "1d"):
-        raise _wrong("bucket_width", "1d: usage is kept by the day", _one(given, "bucket_width"))
+        raise _wrong("bucket_width", "1d: usage is stored by day", _one(given, "bucket_width"))
     if "start_time" not in given:
         raise PedroError("start_time: is required", param="start_time", code="missing_required_parameter")
     groups = given.get("group_by", [])
@@ -121,7 +120,7 @@ def _bucket(day: date, found: Sequence[Usage], groups: Sequence[str]) -> dict[st
 
 
 def _query(request: Request, known: Sequence[str]) -> dict[str, list[str]]:
-    """The query's fields, each a list: given several times, as `name[]`, or parted by commas. Raises PedroError."""
+    """The query's fields, each a list: repeated, as `name[]`, or comma-separated. Raises PedroError."""
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         field = name.removesuffix("[]")
@@ -151,13 +150,15 @@ def _number(given: dict[str, list[str]], name: str, default: int, least: int, mo
 
 
 def _tenant(caller: Principal, named: str | None) -> str | None:
-    """Whose usage the caller sees; None: everybody's."""
+    """The tenant whose usage the caller sees; None: all."""
     if caller.is_admin:
         return named
     if caller.models is not None:
-        raise ScopeError("This API key is held to some adapters, and usage is all of its tenant's; use another key.")
+        raise ScopeError(
+            "This API key is restricted to some adapters, but usage covers the whole tenant; use another key."
+        )
     if named not in (None, caller.tenant):
-        raise ScopeError(f"tenant: this API key sees the usage of {caller.tenant} alone; leave it out", param="tenant")
+        raise ScopeError(f"tenant: this API key only sees the usage of {caller.tenant}; leave it out", param="tenant")
     return caller.tenant
 
 
@@ -176,7 +177,7 @@ def _page_day(text: str | None) -> date:
         day = date.fromisoformat(text or "")
     except ValueError:
         day = date.max
-    if day > _day_of(LATEST):  # a day's neighbours must be days too
+    if day > _day_of(LATEST):  # the next day must be valid, too
         raise _wrong("page", "next_page of the page before", text)
     return day
 

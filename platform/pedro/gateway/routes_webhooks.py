@@ -1,4 +1,4 @@
-"""/v1/webhook_endpoints: where a tenant's events are sent, in the shape of OpenAI's client.
+"""/v1/webhook_endpoints: where a tenant's events are sent, in the form of OpenAI's client.
 
 Reference: `client.webhooks` of https://github.com/openai/openai-python
 """
@@ -31,7 +31,7 @@ from pedro.store import EVENT_TYPES, READ, TRAIN, Store, WebhookEndpoint
 router = APIRouter(prefix="/v1")
 Owner = Annotated[Principal, Depends(counted(TRAIN))]
 Reader = Annotated[Principal, Depends(counted(READ, TRAIN))]
-KEEP_S = 24 * 3600.0  # a secret that was rotated, if it is wanted
+KEEP_S = 24 * 3600.0  # an old secret after rotation, if requested
 
 
 @router.get("/webhook_event_types")
@@ -70,7 +70,7 @@ async def get_webhook(request: Request, endpoint_id: str, caller: Reader) -> dic
 async def update_webhook(request: Request, endpoint_id: str, caller: Owner) -> dict[str, Any]:
     runner = _runner(request, caller)
     asked = parse(WebhookUpdate, await read_body(request))
-    await asyncio.to_thread(_store(request).get_webhook, endpoint_id, caller.tenant)  # before a host is looked up
+    await asyncio.to_thread(_store(request).get_webhook, endpoint_id, caller.tenant)  # before resolving a host
     url = None
     if asked.url is not None:
         url = read_url(asked.url)
@@ -117,7 +117,7 @@ async def rotate_secret(request: Request, endpoint_id: str, caller: Owner) -> di
 
 @router.post("/webhook_endpoints/{endpoint_id}/test")
 async def send_test(request: Request, endpoint_id: str, caller: Owner) -> dict[str, Any]:
-    """Sends a sample at once. Whatever status it is answered with is a result; no answer is an error."""
+    """Sends a sample at once. Any HTTP status is a result; no answer is an error."""
     runner = _runner(request, caller)
     asked = parse(WebhookTest, await read_body(request) or b"{}")
     endpoint = await asyncio.to_thread(_store(request).get_webhook, endpoint_id, caller.tenant)
@@ -134,11 +134,11 @@ async def send_test(request: Request, endpoint_id: str, caller: Owner) -> dict[s
 def _runner(request: Request, caller: Principal) -> WebhookRunner:
     if caller.models is not None:
         raise ScopeError(
-            "This API key is held to some adapters, and webhooks are all of its tenant's; use another key."
+            "This API key is restricted to some adapters, but webhooks belong to the whole tenant; use another key."
         )
     runner: WebhookRunner | None = request.app.state.webhooks
     if runner is None:
-        raise UnavailableError("This server has no key for the secrets of webhooks.", code="webhook_key_file")
+        raise UnavailableError("This server has no key for webhook secrets.", code="webhook_key_file")
     return runner
 
 

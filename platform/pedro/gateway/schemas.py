@@ -1,11 +1,10 @@
-"""The bodies of requests: which fields are read, within which bounds, and which are refused.
+"""Request bodies: supported fields, their limits, and fields that are refused.
 
-Every field that OpenAI or vLLM's server documents is recognised. One that cannot be honoured is refused by name unless
-it asks for what happens anyway; an unknown one is refused by name too: no setting is dropped in silence. Fields OpenAI
-does not have (`top_k`, `conditioning_length`, ...) are marked as extensions; the `openai` client sends them by
-`extra_body`.
-Beam search has the names of vLLM's server, and so do the tokenizer's requests.
-Reference: https://platform.openai.com/docs/api-reference/completions and .../chat,
+Every field documented by OpenAI or vLLM's server is recognised. An unsupported one is refused by name unless its value
+matches our behaviour anyway; an unknown one is refused, too: no setting is silently ignored. Fields that OpenAI does
+not have (`top_k`, `conditioning_length`, ...) are marked as extensions; the `openai` client sends them in `extra_body`.
+Beam search and tokenizer requests use the names of vLLM's server. Reference:
+https://platform.openai.com/docs/api-reference/completions and .../chat,
 https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 """
 
@@ -24,14 +23,14 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 INT32, INT64 = 2**31, 2**63
-MAX_STOP_LENGTH = 256  # characters; each is sought at every token
+MAX_STOP_LENGTH = 256  # characters; each is searched for at every token
 MAX_BIASES = 300  # as at OpenAI
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 def _stop(value: Any) -> Any:
-    """An empty text stops nothing."""
+    """Drop empty texts, which stop nothing."""
     if value is None:
         return ()
     items = (value,) if isinstance(value, str) else value
@@ -43,7 +42,7 @@ def _stop(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 1.0 is 1."""
+    """JSON has one number type: 1.0 is 1."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -73,7 +72,7 @@ def _lengths(value: Any) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """Text, or text parts joined as they are."""
+    """Text, or text parts concatenated."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value:
@@ -118,7 +117,7 @@ class TextPart(BaseModel):
     text: str
 
 
-# What clients may send, for the OpenAPI document: the validators above make one form of it.
+# What clients may send, for the OpenAPI document; the validators above normalise it.
 TokenId = Annotated[int, Field(ge=0, lt=INT32)]
 _TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 _AnyPrompts = (
@@ -137,7 +136,7 @@ _Pairs = dict[Annotated[str, Field(max_length=MAX_METADATA_KEY)], Annotated[str,
 _AnyMetadata = Annotated[_Pairs, Field(max_length=MAX_METADATA)] | None
 
 Whole = BeforeValidator(_whole)
-Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata, _AnyMetadata)]  # pairs of the client's own
+Metadata = Annotated[dict[str, str] | None, BeforeValidator(_metadata, _AnyMetadata)]  # the client's own pairs
 Stop = Annotated[tuple[str, ...], Field(max_length=16), BeforeValidator(_stop, _AnyStop)]
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts, _AnyPrompts)]
 Lengths = Annotated[tuple[int, ...], BeforeValidator(_lengths, _AnyLengths)]
@@ -147,9 +146,9 @@ Biases = Annotated[dict[int, _Bias], BeforeValidator(_biases, _AnyBiases)]
 
 
 class Body(BaseModel):
-    """`harmless`: documented fields that cannot be honoured, each with the values that need no honouring.
+    """`harmless`: documented but unsupported fields, each with the values that have no effect anyway.
 
-    `parts`: fields that hold one such body, or a list of them. `reasons`: why a field is refused.
+    `parts`: fields that contain one such body, or a list of them. `reasons`: why a field is refused.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -159,7 +158,7 @@ class Body(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """JSON Schema of what clients may send: with the harmless values of fields that are not honoured."""
+        """JSON Schema of what clients may send, including harmless values of unsupported fields."""
         schema = handler(core)
         told = handler.resolve_ref_schema(schema)
         fields = told.setdefault("properties", {})
@@ -168,16 +167,16 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = None  # a whole answer always has it
+    include_usage: bool | None = None  # answers that are not streamed always have it
     include_obfuscation: bool | None = None
     continuous_usage_stats: bool | None = None  # extension: with include_usage, the usage so far in every chunk
 
 
 class JsonSchema(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None  # for models that are told of the schema; no effect
+    description: str | None = None  # for models that see the schema; no effect
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None  # answers are always held to the schema
+    strict: bool | None = None  # answers always conform to the schema
 
 
 class AnswerFormat(Body):
@@ -204,10 +203,10 @@ class StructuredOutputs(Body):
 
 
 class SamplingFields(Body):
-    """What completions and chat share. None stands for the default.
+    """Fields that completions and chat share. None stands for the default.
 
-    With `use_beam_search` the answers are the `n` best of `best_of` beams (default: `n` of `n`), decoded greedily and
-    sent whole: `stream`, and a temperature above 0, are refused.
+    With `use_beam_search` the answers are the `n` best of `best_of` beams (default: `n` of `n`), without sampling or
+    streaming: `stream`, and a temperature above 0, are refused.
     """
 
     harmless = vllm_fields.SHARED
@@ -217,45 +216,45 @@ class SamplingFields(Body):
         "structured_outputs": StructuredOutputs,
     }
     model: ModelName  # the backbone, tenant.adapter, tenant.adapter@alias or tenant.adapter:version
-    temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; 1 unless told
-    top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: the likeliest token alone
-    n: Annotated[int | None, Field(ge=1, le=128), Whole] = None  # choices for each prompt
+    temperature: Annotated[float | None, Field(ge=0, le=2)] = None  # 0: greedy; default 1
+    top_p: Annotated[float | None, Field(ge=0, le=1)] = None  # 0: only the likeliest token
+    n: Annotated[int | None, Field(ge=1, le=128), Whole] = None  # choices per prompt
     seed: Annotated[int | None, Field(ge=-INT64, lt=INT64), Whole] = None  # the same seed gives the same answer
-    stop: Stop = ()  # texts that end the answer and are no part of it
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off tokens that were generated
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # taken off once for each time
+    stop: Stop = ()  # texts that end the answer and are not part of it
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # subtracted from generated tokens' logits
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None  # subtracted once per occurrence
     logit_bias: Biases = {}  # by token id
     response_format: AnswerFormat | None = None  # text, json_object, or json_schema with a schema
-    stream: bool | None = None  # server-sent events in place of one body
+    stream: bool | None = None  # server-sent events instead of one body
     stream_options: StreamOptions | None = None  # include_usage, continuous_usage_stats
-    user: str | None = None  # whom the client asks for: a canary answers the same of them each time
-    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with the same one are read together
-    session_id: str | None = None  # vLLM's: stands in for `user` where there is none
+    user: str | None = None  # the client's end user: a canary consistently answers the same users
+    cache_salt: Annotated[str | None, Field(max_length=256)] = None  # only prompts with equal salts share a cache
+    session_id: str | None = None  # vLLM's: used as `user` if that is missing
     # extensions
     top_k: Annotated[int | None, Field(ge=-1, lt=INT32), Whole] = None  # 0 and -1: off
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # least share of the likeliest token's probability
-    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides tokens of prompt and answer
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None  # minimum share of the likeliest token's probability
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10)] = None  # divides logits of prompt and answer
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=64)] = None  # tokens that end the answer
     ignore_eos: bool | None = None  # continue to max_tokens
-    min_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer before anything ends it
+    min_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer before it may end
     structured_outputs: StructuredOutputs | None = None  # json, json_object, regex, choice or grammar: one of them
     use_beam_search: bool | None = None  # the n best of best_of beams
     best_of: Annotated[int | None, Field(ge=1, le=128), Whole] = (
         None  # beams kept; without beam search it must equal `n`
     )
     length_penalty: Annotated[float | None, Field(ge=-10, le=10)] = (
-        None  # power of the length that divides a beam's score
+        None  # exponent of the length that divides a beam's score
     )
-    early_stopping: bool | None = None  # end as soon as `best_of` beams are finished, rather than when none can win
+    early_stopping: bool | None = None  # end as soon as `best_of` beams are finished, not only when no other can win
 
 
 class CompletionRequest(SamplingFields):
     harmless = {**SamplingFields.harmless, **vllm_fields.COMPLETION, "suffix": ("",)}
     prompt: Prompts  # one or several, as text or token ids
     max_tokens: Annotated[int | None, Field(ge=0, lt=INT32), Whole] = None  # of each answer; 0 only with echo
-    logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
-    echo: bool | None = None  # the answer begins with the prompt
-    conditioning_length: Lengths | None = None  # extension: how many first tokens of each prompt condition the vectors
+    logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives per token
+    echo: bool | None = None  # prepend the prompt to the answer
+    conditioning_length: Lengths | None = None  # extension: leading tokens of each prompt that condition the vectors
 
 
 def _role(value: Any) -> Any:
@@ -271,12 +270,12 @@ class Message(Body):
         "audio": (),
         "annotations": ([],),
         "function_call": (),
-        "provider_specific_fields": ({}, {"refusal": None}),  # what litellm puts into a message, and sends back
+        "provider_specific_fields": ({}, {"refusal": None}),  # added to messages by litellm, which sends it back
     }
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Content
-    tool_calls: list[dict[str, Any]] | None = None  # of an assistant's turn, which may lack content then
-    tool_call_id: str | None = None  # of a turn with the role tool: the call of which it is the result
+    tool_calls: list[dict[str, Any]] | None = None  # of an assistant's turn, which then needs no content
+    tool_call_id: str | None = None  # of a turn with the role tool: the call that it answers
 
     @model_validator(mode="before")
     @classmethod
@@ -286,12 +285,12 @@ class Message(Body):
 
     @property
     def uses_tools(self) -> bool:
-        """Whether it is more than a role and a text."""
+        """Whether it has more than a role and a text."""
         return bool(self.role == "tool" or self.tool_calls or self.tool_call_id)
 
 
 def plain_messages(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
-    """The messages as formats know them; OpenAI's `developer` is the system's new name."""
+    """The messages for prompt formats; OpenAI's `developer` is the new name of `system`."""
     if any(message.uses_tools for message in messages):
         from pedro.gateway.tool_fields import tool_messages
 
@@ -322,15 +321,15 @@ class ChatRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1)]  # the conversation so far
     max_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # of each answer
     max_completion_tokens: Annotated[int | None, Field(ge=1, lt=INT32), Whole] = None  # the same
-    tools: list[dict[str, Any]] | None = None  # functions that the answer may call
-    tool_choice: str | dict[str, Any] | None = None  # none, auto, required, or the one that it must call
+    tools: list[dict[str, Any]] | None = None  # functions that the model may call
+    tool_choice: str | dict[str, Any] | None = None  # none, auto, required, or the function that must be called
     parallel_tool_calls: bool | None = None  # false: one call at most
     logprobs: bool | None = None  # of the chosen tokens
-    top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives named at each token
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20), Whole] = None  # alternatives per token
     conditioning: Literal["prompt", "system"] | None = (
-        None  # extension: what the vectors come from, all or the system turn
+        None  # extension: what conditions the vectors, the whole prompt or the system turn
     )
-    metadata: dict[str, str] | None = None  # this and what follows is OpenAI's bookkeeping: no effect on the answer
+    metadata: dict[str, str] | None = None  # this and the next fields are OpenAI's bookkeeping: no effect on the answer
     prompt_cache_key: str | None = None  # no effect
     prompt_cache_retention: str | None = None  # no effect
     safety_identifier: str | None = None  # no effect
@@ -348,8 +347,8 @@ class TokenizeRequest(Body):
     model: ModelName | None = None  # the backbone's tokenizer if not given
     prompt: str | None = None  # a text
     messages: Annotated[list[Message] | None, Field(min_length=1)] = None  # as chat takes them
-    add_special_tokens: bool | None = None  # of a text: true unless told; messages have theirs from the format
-    return_token_strs: bool | None = None  # the vocabulary's own pieces too
+    add_special_tokens: bool | None = None  # of a text, default true; the format of messages determines theirs
+    return_token_strs: bool | None = None  # also return the vocabulary's pieces
 
 
 class DetokenizeRequest(Body):
@@ -358,24 +357,24 @@ class DetokenizeRequest(Body):
 
 
 class PromoteRequest(Body):
-    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that becomes champion
-    expected: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # refuse (409) if the champion is another one by now
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the version to make champion
+    expected: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # refuse (409) if the champion is a different version
 
 
 class FeedbackRequest(Body):
     """One of `version` and `system_fingerprint`, one of `score` and `thumb`."""
 
-    version: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # the one that answered
-    system_fingerprint: Annotated[str, Field(max_length=400)] | None = None  # or what the answer gave under this name
+    version: Annotated[int, Field(ge=1, lt=INT32)] | None = None  # the version that answered
+    system_fingerprint: Annotated[str, Field(max_length=400)] | None = None  # or the answer's system_fingerprint
     score: Annotated[float, Field(ge=0, le=1)] | None = None  # of the answer: 1 is best
-    thumb: Literal["up", "down"] | None = None  # or 1 and 0 so
+    thumb: Literal["up", "down"] | None = None  # instead of score 1 or 0
 
 
 class ShadowRequest(Body):
-    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that is asked, too
-    weight: Annotated[float, Field(ge=0, le=1)]  # a share of what the champion answers; 0 ends it
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the version that gets copies
+    weight: Annotated[float, Field(ge=0, le=1)]  # share of the champion's requests that are copied; 0 ends it
 
 
 class CanaryRequest(Body):
-    version: Annotated[int, Field(ge=1, lt=INT32)]  # the one that answers a share
-    weight: Annotated[float, Field(ge=0, lt=1)]  # its share of what is asked of the champion; 0 ends it
+    version: Annotated[int, Field(ge=1, lt=INT32)]  # the version that answers a share
+    weight: Annotated[float, Field(ge=0, lt=1)]  # its share of the champion's requests; 0 ends it

@@ -1,6 +1,6 @@
 """The section `sweep` of a fine-tuning request: many trials of one job, the best of which becomes the version.
 
-What can be told without the files is told at once, by field; the values of each trial are looked at with the files.
+Checks that do not need the files are made at once, by field; each trial's values are checked together with the files.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
 
 SECTION = "method.pedro.sweep"
 MOST_TRIALS, MOST_KEYS, MOST_VALUES = 100, 16, 64
-VARY = ("method", "training")  # sections whose keys may; data, resources and gate are the same for every trial
+VARY = ("method", "training")  # sections whose keys may vary; data, resources and gate are the same for every trial
 ONE_METHOD = ("name", "peft_type")
 SHOWN = ("name", "space", "search", "scheduler", "concurrency")
 
 
 class SweepRequest(Frozen):
-    """As a spec of `pedro sweep` has it, without the job."""
+    """The section as in a spec of `pedro sweep`, without the job."""
 
     name: str = Field("search", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    """What the sweep is called among those of its adapter."""
+    """The sweep's name among those of its adapter."""
     space: dict[str, Dimension] = Field(min_length=1, max_length=MOST_KEYS)
     """Dotted keys of the sections method and training, each with the values that it may take."""
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
     concurrency: int | None = Field(None, ge=1, le=MOST_TRIALS)
-    """Most trials at a time; if not given, as many as there is room for."""
+    """Maximum number of concurrent trials; default: as many as fit."""
 
 
 def sweep_of(given: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The section of a job's spec. Raises PedroError for what is wrong with it, naming the field."""
+    """The section of a job's spec. Raises PedroError naming invalid fields."""
     try:
         asked = SweepRequest.model_validate(given)
     except ValidationError as error:
@@ -57,7 +57,7 @@ def sweep_of(given: Any, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shown_sweep(spec: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a job that is a sweep says of itself; None for any other."""
+    """The description of a job that is a sweep; None for any other."""
     section = spec.get("sweep")
     return {name: section[name] for name in SHOWN if name in section} if isinstance(section, dict) else None
 
@@ -76,15 +76,15 @@ def _check_key(key: str, dimension: Dimension, goes_on: bool) -> None:
 
 
 def _check_count(asked: SweepRequest) -> None:
-    """Before a list of them is made."""
+    """Count before expanding them into a list."""
     listed = ("grid", "choice") if asked.search.algorithm == "grid" else ("grid",)
     combinations = math.prod(len(each.values) for each in asked.space.values() if each.kind in listed)
     trials = combinations * (1 if asked.search.algorithm == "grid" else asked.search.draws(asked.space))
     if trials > MOST_TRIALS:
         raise _wrong(
             f"{SECTION}.search.trials",
-            f"{SECTION}: {trials:,} trials, and a sweep over HTTP may have {MOST_TRIALS}; lower search.trials, or take "
-            "values out of the space",
+            f"{SECTION}: {trials:,} trials, but a sweep over HTTP may have {MOST_TRIALS}; lower search.trials, or "
+            "remove values from the space",
         )
 
 

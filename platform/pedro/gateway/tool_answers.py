@@ -1,6 +1,6 @@
-"""Calls of tools in an answer's text, whichever family's syntax it has, as OpenAI's `tool_calls`.
+"""Extracts tool calls from an answer's text, in any supported syntax, as OpenAI's `tool_calls`.
 
-A call is given when it is whole. What looks like one and is none, or is cut, stays text.
+A call is emitted when it is complete. Text that only resembles a call, or is truncated, stays text.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from pedro.gateway.backend import Delta
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-BARE = "[TOOL_CALLS]"  # before Mistral's list, where its tokenizer shows it
+BARE = "[TOOL_CALLS]"  # precedes Mistral's list, if its tokenizer shows it
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-ID_LENGTH = 9  # the one that Mistral's templates take
+ID_LENGTH = 9  # as required by Mistral's templates
 
 
 class CallReader:
-    """Of one answer as it grows. `names` are the tools; without `parallel` nothing follows the first call."""
+    """Parses one growing answer. `names` are the tools; without `parallel` only the first call counts."""
 
     def __init__(self, names: Iterable[str], parallel: bool) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
         self._held = ""
-        self._is_text = False  # whether it began with something else than JSON
+        self._is_text = False  # whether it began with anything but JSON
         self.made = 0
 
     def feed(self, text: str, last: bool) -> tuple[str, list[dict[str, Any]]]:
-        """Take more of the answer's text; gives what is certain by now: text beside calls, and calls."""
+        """Add text of the answer; returns what is certain so far: text outside calls, and calls."""
         self._held += text
         if not self._is_text:
             began = self._held.lstrip()
@@ -61,7 +61,7 @@ class CallReader:
         return ("" if self.made and not said.strip() else said), calls
 
     def _calls(self, text: str) -> list[dict[str, Any]]:
-        """The calls that a text of JSON is; none where it is anything else."""
+        """The calls in a JSON text; none if it is anything else."""
         try:
             given = json.loads(text)
         except (ValueError, RecursionError):
@@ -88,9 +88,9 @@ class CallReader:
         try:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair: as an escape, which is how the model wrote it
+        except UnicodeEncodeError:  # half of a surrogate pair: keep the escape that the model wrote
             text = json.dumps(arguments)
-        except (ValueError, RecursionError):  # NaN is no JSON
+        except (ValueError, RecursionError):  # NaN is not JSON
             return None
         call_id = "".join(secrets.choice(ALPHABET) for _ in range(ID_LENGTH))
         function = {"name": name, "arguments": text}
@@ -130,5 +130,5 @@ def _reason(reason: str | None, reader: CallReader) -> str | None:
 
 
 def _overlap(text: str) -> int:
-    """How much of the end of `text` may become the beginning of a call."""
+    """The length of the suffix of `text` that may be the beginning of a call."""
     return next((size for size in range(min(len(text), len(OPEN) - 1), 0, -1) if text.endswith(OPEN[:size])), 0)

@@ -1,4 +1,4 @@
-"""Tools of a chat request: which may be called, which must be, and the turns that hold calls and their results.
+"""Tools of a chat request: which may or must be called, and the turns with calls and their results.
 
 Reference: https://platform.openai.com/docs/api-reference/chat/create (`tools`, `tool_choice`, `parallel_tool_calls`).
 """
@@ -22,7 +22,7 @@ MAX_TOOLS = 128
 
 
 def tool_use(request: ChatRequest) -> ToolUse | None:
-    """What the request's tools ask for; None where there are none. Raises PedroError naming the field."""
+    """The request's use of tools; None if there are none. Raises PedroError naming the field."""
     choice = request.tool_choice
     if not request.tools:
         if choice not in (None, "none", "auto"):
@@ -50,7 +50,7 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
 
 
 def tool_messages(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
-    """Messages with calls and results, as formats know them. Raises PedroError where one has not what it belongs to."""
+    """Messages with calls and results, for prompt formats. Raises PedroError if a result has no call or vice versa."""
     conversation = Conversation((), True, 0)
     made: list[dict[str, Any]] = []
     try:
@@ -68,10 +68,10 @@ def _message(message: Message, where: str) -> dict[str, Any]:
     made: dict[str, Any] = {"role": role, "content": message.content}
     if message.tool_calls:
         if role != "assistant":
-            raise LineError(0, f"{where}.tool_calls", f"only an assistant calls tools, and this is {role}")
+            raise LineError(0, f"{where}.tool_calls", f"only assistants call tools, this is {role}")
         made["tool_calls"] = read_calls(message.tool_calls, f"{where}.tool_calls", 0)
     if (role == "tool") != bool(message.tool_call_id):
-        reason = "is required of a tool's result" if role == "tool" else f"is of a tool's result, and this is {role}"
+        reason = "is required for a tool's result" if role == "tool" else f"is only for a tool's result, this is {role}"
         raise LineError(0, f"{where}.tool_call_id", reason)
     if role == "tool":
         made["tool_call_id"] = message.tool_call_id

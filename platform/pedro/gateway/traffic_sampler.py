@@ -1,6 +1,6 @@
-"""Reads the gateway's and the engines' own figures at regular intervals and keeps them for a while.
+"""Samples the metrics of gateway and engines at regular intervals and keeps a history.
 
-What was not read, because no engine answered or the gateway did not run, is no zero: the history has no figure there.
+Missing samples, because no engine answered or the gateway did not run, are gaps in the history, not zeros.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from pedro.gateway.observability import GatewayMetrics
 
 EVERY_S = 15.0  # as Prometheus scrapes
-FIRST_S = 1.0  # between attempts until an engine has answered: what came before it is in no increase
-FRESH_S = 4.0  # an older reading is repeated for whoever looks
+FIRST_S = 1.0  # between attempts until an engine answers: increases need a first sample
+FRESH_S = 4.0  # an older sample is refreshed on request
 BACKEND_TIMEOUT_S = 5.0
 log = logging.getLogger("pedro.gateway")
 
 
 class TrafficSampler:
-    """Scrapes into one history. To be asked on the gateway's event loop."""
+    """Scrapes into one history. Used on the gateway's event loop."""
 
     def __init__(self, metrics: GatewayMetrics, backend: Callable[[], Backend], every_s: float = EVERY_S) -> None:
         self._metrics = metrics
@@ -38,16 +38,16 @@ class TrafficSampler:
         self._reading = asyncio.Lock()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         while True:
             try:
                 await self._sample()
             except Exception:
-                log.exception("the figures could not be kept")
+                log.exception("a sample of the metrics could not be stored")
             await asyncio.sleep(self._every_s if self._engine_seen else min(FIRST_S, self._every_s))
 
     async def text(self) -> str:
-        """Prometheus's text as of now; without an engine's figures while none answers."""
+        """Current Prometheus text; without engine metrics while no engine answers."""
         return self._metrics.text() + await self._engines()
 
     async def open_text(self) -> str:
@@ -58,7 +58,7 @@ class TrafficSampler:
         try:
             async with asyncio.timeout(BACKEND_TIMEOUT_S):
                 text = await self._backend().metrics()
-        except Exception as error:  # noqa: BLE001 (the gateway's own figures matter most when the engine is away)
+        except Exception as error:  # noqa: BLE001 (the gateway's own metrics are needed most without an engine)
             log.log(logging.WARNING if self._engine_seen else logging.DEBUG, "no metrics of the engine: %r", error)
             return ""
         self._engine_seen = True
@@ -73,7 +73,7 @@ class TrafficSampler:
     async def _sample(self) -> None:
         async with self._reading:
             now = time.time()
-            if now - (self._history.read_at or 0.0) <= FRESH_S / 2:  # another one did while this one waited
+            if now - (self._history.read_at or 0.0) <= FRESH_S / 2:  # another caller did meanwhile
                 return
             text = await self.text()
             await asyncio.to_thread(lambda: self._history.add(now, parse_metrics(text)))

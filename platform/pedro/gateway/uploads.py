@@ -1,7 +1,7 @@
-"""Receives an upload: from the parts of a form to a tenant's file, or to nothing at all.
+"""Receives an upload: stores a form's file for the tenant, or leaves nothing behind.
 
-Pieces are written by threads in blocks, so that the event loop never waits for a disk. A tenant has a few uploads open
-at once: each holds a connection and room in the storage.
+Data are written by threads in blocks, so that the event loop never waits for a disk. A tenant may have a few uploads
+open at once, since each occupies a connection and storage.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 
 class FileThreads:
-    """Threads for what waits for the storage: however slow that is, nothing else of the gateway waits behind it."""
+    """Threads for storage access: a slow storage blocks nothing else in the gateway."""
 
     def __init__(self, count: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(count, "files")
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `work` gives, made on one of them."""
+        """The result of `work`, run on one of them."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args, **kwargs))
 
     def close(self) -> None:
-        """Let them end; what still waits for one is not begun."""
+        """Let them finish; queued work is not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -63,9 +63,9 @@ class OpenUploads:
 
     @contextmanager
     def enter(self, tenant: str) -> Iterator[None]:
-        """Raises RateLimitError where the tenant has too many."""
+        """Raises RateLimitError if the tenant has too many."""
         if self._held[tenant] >= self._most:
-            raise RateLimitError(f"{self._most} of your uploads are open, which is the most; wait for one to end.")
+            raise RateLimitError(f"{self._most} of your uploads are open, which is the limit; wait for one to end.")
         self._held[tenant] += 1
         try:
             yield
@@ -76,7 +76,7 @@ class OpenUploads:
 
 
 async def receive_file(request: Request, caller: Principal, files: Files) -> FileRecord:
-    """Read the request's form and keep its file. Raises PedroError; nothing is kept then."""
+    """Read the request's form and store its file. If it raises PedroError, nothing is stored."""
     settings = request.app.state.settings
     declared = request.headers.get("content-length", "")
     threads: FileThreads = request.app.state.file_threads
@@ -131,7 +131,7 @@ class _Receiver:
         )
 
     async def abandon(self) -> None:
-        """Leave nothing of what did not become a file."""
+        """Remove an incomplete file."""
         if self._upload is None and self._beginning is not None:
             with suppress(PedroError):
                 self._upload = await self._beginning
@@ -153,10 +153,10 @@ class _Receiver:
         if part.filename is None:
             raise PedroError("file: expected a file with a name, got a plain field", param=FILE, code="invalid_value")
         self._filename = check_filename(part.filename)
-        if PURPOSE in self._fields:  # clients send the fields first: what is wrong with them is said before the bytes
+        if PURPOSE in self._fields:  # clients send fields first: report their errors before reading the bytes
             self._checked()
         self._beginning = asyncio.ensure_future(self._threads.run(self._files.begin, self._caller.tenant))
-        self._upload = await asyncio.shield(self._beginning)  # a thread that has begun goes on
+        self._upload = await asyncio.shield(self._beginning)  # a started thread continues
 
     def _checked(self) -> tuple[str, int | None]:
         purpose = self._field(PURPOSE)

@@ -1,8 +1,8 @@
-"""The usage ledger as one gateway keeps it: what each call used, summed, and handed to the store in batches.
+"""One gateway's part of the usage ledger: sums each call's usage and writes it to the store in batches.
 
-No request waits for the database. A batch that could not be written is kept and written again; meanwhile sums grow in
-number only as far as `MAX_SUMS`: beyond it they are a tenant's as a whole. What a gateway has not handed over when it
-is killed is lost: a second's worth, or all since the database went away. Knows neither texts nor engines.
+No request waits for the database. A failed batch is kept and retried; meanwhile at most `MAX_SUMS` sums are kept,
+beyond that only per tenant. A killed gateway loses what it has not written: a second's worth, or everything since the
+database went away. Independent of texts and engines.
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ if TYPE_CHECKING:
 
 FLUSH_EVERY_S = 1.0
 RETRY_S = 2.0
-LAST_FLUSH_S = 10.0  # how long a gateway that ends waits for the database
+LAST_FLUSH_S = 10.0  # how long a stopping gateway waits for the database
 MAX_SUMS = 20_000
-SEVERAL = "(several)"  # the model of sums that were too many to be kept apart
-MAX_MODEL = 200  # characters, as the ledger has them
+SEVERAL = "(several)"  # the model of combined sums
+MAX_MODEL = 200  # characters, as in the ledger
 log = logging.getLogger("pedro.gateway")
 Key = tuple[str, str, str, str]
 
 
 class CallMeter:
-    """What one call has used by now: totals, which only grow.
+    """One call's usage so far: totals, which only grow.
 
-    Whoever reads a call to its end knows them from its deltas. One that is left before its end, or ends in an error,
-    may have used more than was seen: then the backend `expect`s a count, and has it `settled` some seconds later at
-    most, with or without one. All on one event loop.
+    If a call is read to its end, its deltas have the totals. If it is abandoned or fails, it may have used more than
+    was seen: then the backend `expect`s a final count, and is `settled` within seconds, with or without it. All on one
+    event loop.
     """
 
     def __init__(self) -> None:
-        self.model = ""  # tenant.adapter, or the backbone's name; empty until it is known
+        self.model = ""  # tenant.adapter, or the backbone's name; empty until resolved
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = 0
         self._expected = 0
         self._then: Callable[[], None] = lambda: None
 
     @property
     def is_settled(self) -> bool:
-        """Whether no count is to come."""
+        """Whether no final count is pending."""
         return not self._expected
 
     def count(self, prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> None:
-        """So much was used at least."""
+        """Raise the totals to at least these."""
         self.prompt_tokens = max(self.prompt_tokens, prompt_tokens)
         self.cached_tokens = max(self.cached_tokens, cached_tokens)
         self.completion_tokens = max(self.completion_tokens, completion_tokens)
 
     def expect(self) -> None:
-        """A count is to come, though the call was left."""
+        """A final count is pending although the call was abandoned."""
         self._expected += 1
 
     def settled(self) -> None:
-        """That count came, or will not."""
+        """The final count arrived, or will not."""
         self._expected -= 1
         if not self._expected:
             self._then()
 
     def when_settled(self, then: Callable[[], None]) -> None:
-        """Have `then` called once no count is to come any more."""
+        """Call `then` once no final count is pending."""
         self._then = then
 
 
 class UsageEntry:
-    """What one request uses: `begin`, and `end` once it is answered, however that ends."""
+    """One request's usage: `begin`, then `end` once it is answered or has failed."""
 
     def __init__(self, ledger: UsageLedger, tenant: str, key_id: str, model: str) -> None:
         self._ledger = ledger
@@ -85,19 +85,19 @@ class UsageEntry:
         self._refresh: Callable[[], None] = lambda: None
 
     def begin(self, meters: Sequence[CallMeter], refresh: Callable[[], None]) -> None:
-        """`meters` are those of its calls, which `refresh` brings up to date with what was seen of them."""
+        """`meters` are those of its calls; `refresh` updates them from the deltas seen."""
         self._meters, self._refresh = meters, refresh
         self._ledger.opened(self)
 
     def end(self) -> None:
-        """Enter it, at once or when the last count that is still to come is there."""
+        """Record it, at once or when the last pending count has arrived."""
         self._refresh()
         for meter in self._meters:
             meter.when_settled(self._enter)
         self._enter()
 
     def give_up(self) -> None:
-        """Enter what is known by now."""
+        """Record what is known so far."""
         self._refresh()
         self._ledger.add(self)
 
@@ -121,7 +121,7 @@ class UsageEntry:
 
 
 class UsageLedger:
-    """For one event loop; the database is asked on threads. `clock` gives Unix seconds, of which the day is UTC's."""
+    """For one event loop; the database is used on threads. `clock` gives Unix seconds; days are UTC."""
 
     def __init__(
         self,
@@ -134,16 +134,16 @@ class UsageLedger:
         self._flush_every_s = flush_every_s
         self._clock = clock
         self._writer = secrets.token_hex(16)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-usage")  # readers do not hold it up
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pedro-usage")  # not delayed by readers
         self._open: set[UsageEntry] = set()
         self._sums: dict[Key, Usage] = {}
-        self._batch: tuple[int, list[Usage]] | None = None  # on its way to the store, or to be sent again
+        self._batch: tuple[int, list[Usage]] | None = None  # being written, or to be retried
         self._last_number = 0
         self._flushing: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         unwritten = Gauge(
             "pedro_gateway_usage_unwritten_requests",
-            "Requests whose usage the database does not have yet.",
+            "Requests whose usage is not in the database yet.",
             registry=registry,
         )
         unwritten.set_function(lambda: self.unwritten)
@@ -153,20 +153,20 @@ class UsageLedger:
 
     @property
     def unwritten(self) -> int:
-        """Requests that were answered and are not in the database."""
+        """Answered requests that are not in the database yet."""
         batch = self._batch[1] if self._batch else []
         return sum(used.requests for used in [*self._sums.values(), *batch])
 
     def entry(self, tenant: str, key_id: str, model: str) -> UsageEntry:
-        """For a request of that key; `model` is what it names, until it is known what that means."""
+        """The entry of a request with this key; `model` is the requested name until it is resolved."""
         return UsageEntry(self, tenant, key_id, model)
 
     def opened(self, entry: UsageEntry) -> None:
-        """A request that will be entered when it has ended."""
+        """Register a request, to be recorded when it has ended."""
         self._open.add(entry)
 
     def add(self, entry: UsageEntry) -> None:
-        """Enter a request, once. One that used nothing, as a refused one, is none."""
+        """Record a request, once. Requests that used nothing, such as refused ones, are not recorded."""
         if entry not in self._open:
             return
         self._open.discard(entry)
@@ -174,17 +174,17 @@ class UsageLedger:
         if used.prompt_tokens or used.completion_tokens:
             self._add(used)
             if self._flushing is None or self._flushing.done():
-                self._flushing = asyncio.create_task(self._flush(), context=Context())  # about no request
+                self._flushing = asyncio.create_task(self._flush(), context=Context())  # in no request's context
 
     async def close(self) -> None:
-        """Write what is known, also of requests that have not ended; waits for the database, but not for ever."""
+        """Write everything, including unfinished requests; waits for the database, up to a limit."""
         for entry in list(self._open):
             entry.give_up()
         self._closing.set()
         if self._flushing is not None:
             await asyncio.wait({self._flushing}, timeout=LAST_FLUSH_S)
         if self.unwritten:
-            log.error("the usage of %d requests could not be written, and is lost", self.unwritten)
+            log.error("the usage of %d requests could not be written and is lost", self.unwritten)
         self._thread.shutdown(wait=False)
 
     def _add(self, used: Usage) -> None:
@@ -201,7 +201,7 @@ class UsageLedger:
         )
 
     async def _flush(self) -> None:
-        """Write batches until nothing is left; at most one in a while, whatever the number of requests."""
+        """Write batches until nothing is left, at a limited rate, whatever the number of requests."""
         while self._sums or self._batch:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._flush_every_s):
@@ -217,10 +217,10 @@ class UsageLedger:
         try:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._thread, self._store.add_usage, rows, self._writer, number)
-        except Exception as error:  # whatever it is: the sums are kept, and told of
+        except Exception as error:  # any error: keep the sums and log it
             self._failures.inc()
             known = isinstance(error, PedroError)
-            log.warning("usage was not written and is kept: %s", error if known else "", exc_info=not known)
+            log.warning("usage could not be written and is kept: %s", error if known else "", exc_info=not known)
             return False
         self._batch = None
         return True

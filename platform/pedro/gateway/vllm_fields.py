@@ -1,6 +1,6 @@
-"""The request fields of vLLM's server that this one does not honour: which values ask for nothing, and why not others.
+"""Request fields of vLLM's server that are not supported here: their harmless values, and why others are refused.
 
-Fields that it does honour stand in the schemas.
+Supported fields are in the schemas.
 Reference: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html ("Extra parameters")
 """
 
@@ -38,7 +38,7 @@ COMPLETION: Harmless = {
     "add_special_tokens": (True,),
     "prompt_embeds": (),
 }
-CHAT_PROMPT: Harmless = {  # how messages become a prompt; /tokenize has these too
+CHAT_PROMPT: Harmless = {  # how messages become a prompt; also in /tokenize
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "chat_template": (),
@@ -55,19 +55,19 @@ CHAT: Harmless = {
     "thinking_token_budget": (),
 }
 
-_FORMER = "vLLM's server has structured_outputs in its place, and so has this one"
-_FORMAT = "the prompt's format is the adapter's own, the one that it was trained with"
-_TOOLS = "a former name of tools; send tools, tool_choice and turns with the role tool"
+_FORMER = "replaced by structured_outputs, in vLLM's server and here"
+_FORMAT = "prompts have the format with which the adapter was trained"
+_TOOLS = "deprecated; send tools, tool_choice and turns with the role tool"
 REASONS: dict[str, str] = {
     **dict.fromkeys((name for name in SHARED if name.startswith("guided_")), _FORMER),
-    "structural_tag": "tags within free text are not supported; structured_outputs.grammar may hold a whole answer",
-    "whitespace_pattern": "between parts of JSON stand nothing, a space, or a line break with its indentation",
-    "disable_any_whitespace": "models space JSON as they learnt it",
+    "structural_tag": "tags within free text are not supported; structured_outputs.grammar can describe a whole answer",
+    "whitespace_pattern": "parts of JSON are separated by nothing, a space, or a line break with indentation",
+    "disable_any_whitespace": "models use whitespace in JSON as they were trained to",
     "disable_additional_properties": "say so in the schema: additionalProperties: false",
     **dict.fromkeys((*CHAT_PROMPT, "documents", "reasoning_effort"), _FORMAT),
     **dict.fromkeys(("functions", "function_call"), _TOOLS),
-    "tools": "send them with a chat; what they add to a prompt stands in its usage",
-    "name": "prompt formats have no place for a speaker's name; write it into the content",
+    "tools": "send them with a chat; its usage includes the tokens that they add to the prompt",
+    "name": "prompt formats do not support names; put the name into the content",
     "skip_special_tokens": "special tokens are never shown; logprobs name every token",
     "include_stop_str_in_output": "the stop text is never part of the answer",
     "request_id": "send it as the x-request-id header",
@@ -76,7 +76,7 @@ REASONS: dict[str, str] = {
     "truncate_prompt_tokens": "shorten the prompt before sending it",
     "allowed_token_ids": "use logit_bias",
     "bad_words": "use logit_bias",
-    "logits_processors": "code of callers is not run",
+    "logits_processors": "clients' code is not executed",
     "mm_processor_kwargs": "prompts are text",
     "media_io_kwargs": "prompts are text",
     "prompt_embeds": "send text or token ids",

@@ -1,9 +1,8 @@
-"""Which addresses webhooks may be sent to: a tenant must reach nothing through the gateway that it cannot reach itself.
+"""Addresses to which webhooks may be sent: tenants must not reach internal hosts through the gateway (SSRF).
 
-A URL is read once, by the library that sends; its host is resolved here and nowhere else, and the connection goes to an
-address that was looked at. So neither a name that means something else a moment later nor another way to write an
-address leads inside. Lookups have threads of their own, few of them for each tenant: a name server that never answers
-holds up whoever named it.
+A URL is parsed once, by the library that sends; its host is resolved only here, and the connection goes to a checked
+address. So neither DNS rebinding nor unusual spellings of an address reach internal hosts. Lookups run on separate
+threads, few per tenant, so that an unresponsive name server only delays the tenant that uses it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import httpx
 from pedro.errors import PedroError
 
 MAX_URL = 2048  # characters
-MAX_ADDRESSES = 8  # of one host that are looked at
+MAX_ADDRESSES = 8  # of one host that are checked
 THREADS, THREADS_PER_TENANT = 32, 4
 LOOKUP_S = 5.0
 HOST = re.compile(rb"[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}")  # a name, or an address
-CLOUDS_OWN = ipaddress.IPv4Address("168.63.129.16")  # looks public, and is Azure's to its own machines
+CLOUDS_OWN = ipaddress.IPv4Address("168.63.129.16")  # looks public, but is internal to Azure's machines
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -46,7 +45,7 @@ class WebhookUrlError(PedroError):
 
 
 class Addresses:
-    """`networks`: the operator's own, to which webhooks may go as well, also without TLS. `lookup` is the host's."""
+    """`networks`: allowed private networks, also without TLS. `lookup` resolves names, by default as the host does."""
 
     def __init__(self, networks: Sequence[str] = (), lookup: Callable[[str, int], list[str]] | None = None) -> None:
         self._networks = [ipaddress.ip_network(network) for network in networks]
@@ -58,7 +57,7 @@ class Addresses:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def of(self, tenant: str, url: httpx.URL) -> list[str]:
-        """The addresses that a tenant's URL means now, each of them allowed. Raises WebhookUrlError."""
+        """The current addresses of a tenant's URL, all of them allowed. Raises WebhookUrlError."""
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
             async with asyncio.timeout(LOOKUP_S):
@@ -79,7 +78,7 @@ class Addresses:
         self._busy[tenant] += 1
         loop, begun = asyncio.get_running_loop(), self._threads.submit(self._lookup, host, port)
 
-        def ended(_: Future[list[str]]) -> None:  # whoever waited may have left long ago, the loop may have closed
+        def ended(_: Future[list[str]]) -> None:  # the caller may be gone, the loop may be closed
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._end, tenant)
 
@@ -96,13 +95,11 @@ class Addresses:
 
 
 def read_url(text: str) -> httpx.URL:
-    """A tenant's URL, as it will be sent to; its host is not looked up yet. Raises WebhookUrlError."""
+    """A tenant's URL, normalised for sending; its host is not resolved yet. Raises WebhookUrlError."""
     if len(text) > MAX_URL:
         raise WebhookUrlError(f"expected at most {MAX_URL} characters, got {len(text)}")
     if not text.isascii() or not text.isprintable() or " " in text or "\\" in text:
-        raise WebhookUrlError(
-            "expected printable ASCII without spaces and backslashes; percent-encode what else there is"
-        )
+        raise WebhookUrlError("expected printable ASCII without spaces and backslashes; percent-encode everything else")
     try:
         url = httpx.URL(text)
         port_is_one = url.port is None or 0 < url.port < 2**16
@@ -111,14 +108,14 @@ def read_url(text: str) -> httpx.URL:
     if url.scheme not in ("https", "http") or not HOST.fullmatch(url.raw_host) or not port_is_one:
         raise WebhookUrlError("expected for instance https://example.com/hooks")
     if url.userinfo or "@" in re.split(r"[/?#]", text.partition("://")[2], maxsplit=1)[0]:
-        raise WebhookUrlError("may hold neither user nor password; check the signature instead")
+        raise WebhookUrlError("must not contain user or password; check the signature instead")
     if url.fragment:
-        raise WebhookUrlError("may have no fragment (#…), since none is sent")
+        raise WebhookUrlError("must not have a fragment (#…), which is never sent")
     return url
 
 
 def _is_public(address: Address) -> bool:
-    """Whether it is an address of the public network, and no other way to write one that is not."""
+    """Whether it is a public address, and not a private one in another notation."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not (address.is_multicast or address.is_reserved or address == CLOUDS_OWN)
     if address.ipv4_mapped is not None:

@@ -1,4 +1,4 @@
-"""Fields of webhook endpoints as tenants and operators give them, and the bodies of requests that have them."""
+"""Fields of webhook endpoints, as given by tenants and operators, and request bodies with them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MAX_NAME = 200
 
 
 def check_event_types(given: Sequence[str]) -> tuple[str, ...]:
-    """Each of them once. Raises PedroError for one that is not known."""
+    """The event types without duplicates. Raises PedroError for an unknown one."""
     if unknown := next((kind for kind in given if kind not in EVENT_TYPES), None):
-        message = f"event_types: there are no events {unknown[:60]!r}; known: {', '.join(EVENT_TYPES)}"
+        message = f"event_types: unknown events {unknown[:60]!r}; known: {', '.join(EVENT_TYPES)}"
         raise PedroError(message, param="event_types", code="invalid_value")
     return tuple(dict.fromkeys(given))
 
 
 def check_webhook_name(given: str) -> str:
-    """A name that can be shown. Raises PedroError for another."""
+    """A printable name. Raises PedroError otherwise."""
     if not 1 <= len(given) <= MAX_NAME or not given.isprintable():
         message = f"name: expected 1 to {MAX_NAME} printable characters, got {given[:60]!r}"
         raise PedroError(message, param="name", code="invalid_value")
@@ -50,20 +50,20 @@ Kinds = Annotated[tuple[str, ...], BeforeValidator(_kinds, Annotated[list[EventT
 class WebhookRequest(Body):
     url: str  # https://…, on the public network; neither user, password nor fragment
     name: str  # for people
-    event_types: Kinds  # of which events it is told
+    event_types: Kinds  # which events it receives
 
 
 class WebhookUpdate(Body):
-    """What is not given stays."""
+    """Fields that are not given are unchanged."""
 
-    url: str | None = None  # events that wait go to it, too
+    url: str | None = None  # pending events go to it, too
     name: str | None = None  # for people
-    event_types: Kinds | None = None  # of which events it is told from now on
+    event_types: Kinds | None = None  # which events it receives from now on
 
 
 class RotateRequest(Body):
-    keep_old_secret_active_for_24_hours: bool | None = None  # sign with both for a day; else the old one ends at once
+    keep_old_secret_active_for_24_hours: bool | None = None  # sign with both for a day; else only with the new
 
 
 class WebhookTest(Body):
-    event_type: Annotated[str, BeforeValidator(_kind, TestedType)] = PING  # of the sample, whose data tell of nothing
+    event_type: Annotated[str, BeforeValidator(_kind, TestedType)] = PING  # of the sample, whose data are made up

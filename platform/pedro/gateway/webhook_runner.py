@@ -1,8 +1,8 @@
-"""Sends what webhook endpoints wait for, beside the gateway's requests: leases events, sends them, tries again.
+"""Delivers webhook events in the background: leases them, sends them, retries.
 
-Every gateway runs one. An event that a gateway held which was killed is another one's, or the next one's, once the
-lease is over: it is sent at least once, each time with the same id. A tenant has a few events under way at a time,
-each for a bounded time, so that whoever does not answer holds up nobody else.
+Every gateway runs one. Once the lease of a killed gateway expires, another one takes the event: it is sent at least
+once, always with the same id. A tenant has a few deliveries in flight, each with a time limit, so that an unresponsive
+receiver delays no other tenant.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pedro.store import Store, WebhookDelivery
 
 POLL_S = 2.0
-LEASE_S = 4 * ATTEMPT_S  # an attempt is over long before
-MOST, PER_TENANT = 64, 4  # under way in one gateway
+LEASE_S = 4 * ATTEMPT_S  # attempts end long before
+MOST, PER_TENANT = 64, 4  # in flight per gateway
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 3600.0
 GIVE_UP_S = 24 * 3600.0  # after the event
 FAILED = "failed"
@@ -54,28 +54,28 @@ class WebhookRunner:
         self._loop = PollLoop(self._look, POLL_S, "webhooks are not sent")
         self._attempts = Counter(
             "pedro_gateway_webhook_attempts",
-            "Attempts to send an event to a webhook endpoint, by what came of them.",
+            "Attempts to send an event to a webhook endpoint, by outcome.",
             ("outcome",),
             registry=registry,
         )
         for outcome in (DELIVERED, FAILED, GIVEN_UP):
             self._attempts.labels(outcome)
-        sending = Gauge("pedro_gateway_webhooks_under_way", "Events of webhooks being sent.", registry=registry)
+        sending = Gauge("pedro_gateway_webhooks_under_way", "Webhook events being sent.", registry=registry)
         sending.set_function(lambda: len(self._active))
 
     def start(self) -> None:
-        """Look for events from now on."""
+        """Start looking for events."""
         self._loop.start()
 
     async def close(self) -> None:
-        """Leave what is under way to whoever takes it next."""
+        """Stop, and leave deliveries in flight to other gateways."""
         await self._loop.end(self._active.values())
-        with contextlib.suppress(PedroError):  # then the leases run out
+        with contextlib.suppress(PedroError):  # then the leases expire
             await asyncio.to_thread(self._store.release_deliveries, self._owner)
         self.sender.close()
 
     async def _look(self) -> None:
-        """Begin what is due, as far as there is room."""
+        """Start deliveries that are due, up to the limits."""
         room, now = MOST - len(self._active), self.clock()
         if room <= 0:
             return
@@ -85,19 +85,19 @@ class WebhookRunner:
                 self._active[delivery.id] = asyncio.create_task(self._deliver(delivery))
 
     async def _deliver(self, delivery: WebhookDelivery) -> None:
-        """One attempt, and the entry of its end; if that fails, the lease runs out and it is made again."""
+        """Make one attempt and record its outcome; if recording fails, the lease expires and it is repeated."""
         try:
             why = await self._attempt(delivery)
             outcome = await asyncio.to_thread(self._settle, delivery, why)
             self._attempts.labels(outcome).inc()
-        except Exception as error:  # whatever it is: it is sent again
+        except Exception as error:  # any error: it is sent again
             log.warning("%s: %s", delivery.event_id, error, exc_info=not isinstance(error, PedroError))
         finally:
             self._active.pop(delivery.id, None)
             self._loop.wake()
 
     async def _attempt(self, delivery: WebhookDelivery) -> str:
-        """Why the endpoint did not take it; empty if it did."""
+        """Why the delivery failed; empty if it succeeded."""
         try:
             status = await self.sender.send(delivery.endpoint, delivery.event_id, delivery.body)
         except PedroError as error:
@@ -123,6 +123,6 @@ class WebhookRunner:
 
 
 def retry_after(attempts: int) -> float:
-    """Seconds to wait after so many attempts: twice as long each time, a tenth by chance."""
+    """Seconds to wait after this many attempts: exponential, with 10 % jitter."""
     wait = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(attempts - 1, 20))
     return wait * random.uniform(0.9, 1.1)  # noqa: S311

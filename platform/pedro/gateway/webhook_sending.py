@@ -1,6 +1,6 @@
-"""Sends one event to one endpoint, once: signed, to an address that was looked at, within bounds of time and size.
+"""Sends one event to one endpoint, once: signed, to a checked address, within limits of time and size.
 
-Redirects are not followed, no proxy of the environment is used, and of the answer nothing but its status is read.
+Redirects are not followed, proxies from the environment are ignored, and only the status of the response is read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONNECT_S = 5.0
 
 
 class NotSentError(PedroError):
-    """No answer came; the message says why, in words of ours."""
+    """There was no response; the message says why, without the library's text."""
 
     code = "webhook_not_sent"
 
@@ -43,17 +43,17 @@ class WebhookSender:
 
     @cached_property
     def _transport(self) -> httpx.AsyncHTTPTransport:
-        """Keeps no connection: whoever is next at an address may mean another host of it. It logs no URL, either."""
+        """Does not reuse connections: the next request to an address may be for another host. Logs no URL."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         return httpx.AsyncHTTPTransport(limits=limits)
 
     def close(self) -> None:
-        """Nothing is sent any more."""
+        """Stop sending."""
         self.addresses.close()
 
     async def send(self, endpoint: WebhookEndpoint, event_id: str, body: str) -> int:
-        """The status of its answer. Raises NotSentError where there is none, and PedroError for what cannot be sent:
-        a URL that leads elsewhere by now, a secret whose key is not here."""
+        """The status of the response. Raises NotSentError if there is none, and PedroError if it cannot be sent: the
+        URL is no longer allowed, or the secret's key is missing."""
         url = read_url(endpoint.url)
         now = self._clock()
         signing = await asyncio.to_thread(self.secrets.of, endpoint, now)
@@ -74,14 +74,14 @@ class WebhookSender:
                 assert last is not None, "a host has an address"
                 raise last
         except (TimeoutError, httpx.TimeoutException):
-            raise NotSentError("no answer came in time") from None
+            raise NotSentError("no response within the time limit") from None
         except httpx.ConnectError as error:
             raise NotSentError("no connection could be made" + _of_tls(error)) from None
         except httpx.TransportError:
-            raise NotSentError("the connection was closed, or what came over it is no HTTP") from None
+            raise NotSentError("the connection was closed, or the response is not HTTP") from None
 
     async def _post(self, url: httpx.URL, address: str, headers: dict[str, str], body: str) -> int:
-        """To this address, whatever the name means by now; the certificate must be the name's."""
+        """Send to this address, whatever the name resolves to now; the certificate must match the name."""
         timeout = httpx.Timeout(ATTEMPT_S, connect=CONNECT_S)
         request = httpx.Request(
             "POST",
@@ -96,17 +96,17 @@ class WebhookSender:
 
 
 def sample(kind: str, now: float) -> tuple[str, str]:
-    """An event that tells of nothing: its id and its body."""
+    """A sample event: its id and body."""
     event_id = new_event_id()
     return event_id, event_body(event_id, kind, {"id": "test"}, now)
 
 
 def _of_tls(error: BaseException | None) -> str:
-    """What is wrong with the certificate, if that is why there is no connection."""
+    """The TLS error, if that is why there is no connection."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
-            return f" (its certificate does not hold: {error.verify_message})"
+            return f" (its certificate is not valid: {error.verify_message})"
         if isinstance(error, ssl.SSLError):
-            return " (TLS could not be agreed upon)"
+            return " (TLS negotiation failed)"
         error = error.__cause__ or error.__context__
     return ""
