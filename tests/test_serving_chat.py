@@ -161,7 +161,7 @@ def test_a_request_may_have_its_system_turn_alone_condition_an_adapter(served):
 @pytest.mark.parametrize(
     ("model", "conditioning", "why"),
     [
-        ("acme.headed", "prompt", "conditioning: the adapter was trained on its system turn alone; send 'system'"),
+        ("acme.headed", "prompt", "conditioning: the adapter was conditioned on its system turn; send 'system'"),
         ("acme.chat", "system", "there is none; begin with one"),
         ("acme.chat", "user", 'conditioning: expected "prompt" or "system"'),
     ],

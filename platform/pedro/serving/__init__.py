@@ -1,4 +1,4 @@
-"""The gateway and the engine as one Ray Serve application. `build_app` is what a Serve config names.
+"""The gateway and the engine as one Ray Serve application, built by `build_app`.
 
 `import_path: pedro.serving:build_app` with `args` as in `pedro.serving.config.ServeConfig`.
 """

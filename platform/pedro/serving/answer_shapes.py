@@ -1,7 +1,7 @@
-"""Answer shapes as masks of one backbone's tokens: compiled once for a tenant, beside the engine's steps.
+"""Answer shapes as masks of one backbone's tokens: compiled once per tenant, concurrently with the engine's steps.
 
-What a tenant asks for is compiled in its turn and kept for it alone, so that no other one can tell from the time that
-an answer takes which shapes are known here. The work that could explode is done first in a process with bounds.
+A tenant's shapes are compiled in turn and cached for that tenant only, so that response times do not reveal other
+tenants' shapes. The first compilation, which might explode, runs in a process with limits.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
     from pedro.gateway.backend import AnswerShape
     from pedro.model_protocols import Tokenizer
 
-MAX_SHAPES = 16  # of a tenant
+MAX_SHAPES = 16  # per tenant
 MAX_TENANTS = 64
-FIRST_S, EACH_S = 0.1, 0.002  # of computing that the masks of one answer may take: others wait meanwhile
-CHEAP_S = 0.02  # a shape that is read so fast may be read again between two steps
+FIRST_S, EACH_S = 0.1, 0.002  # compute time for the masks of one answer, while others wait
+CHEAP_S = 0.02  # a shape that is parsed faster may be parsed again between two steps
 NewMask = Callable[[], "TokenMask"]
 Key = tuple["AnswerShape", bool]
 
 
 class AnswerShapes:
-    """Of one replica, on its event loop. `vocabulary` is the model's, `eos_ids` end its answers."""
+    """The shapes of one replica, on its event loop. `vocabulary` is the model's, `eos_ids` end its answers."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos_ids: Iterable[int]) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._eos_ids = sorted(eos_ids)
         self._spaces = _puts_spaces(tokenizer)
-        self._tokens: LLTokenizer | None = None  # made when it is first needed: it takes a second
-        self._unlike: frozenset[int] = frozenset()  # tokens that no other is spelled like
+        self._tokens: LLTokenizer | None = None  # created on first use: it takes a second
+        self._unlike: frozenset[int] = frozenset()  # tokens whose spelling is unique
         self._worker = ShapeWorker()
-        self._free = asyncio.Lock()  # in the order of asking
+        self._free = asyncio.Lock()  # first come, first served
         self._turns = Turns()
         self._known: OrderedDict[str, OrderedDict[Key, CompiledShape]] = OrderedDict()
 
     async def new_mask(self, shape: AnswerShape, tenant: str, apart: bool = False) -> NewMask:
-        """Begins the mask of one answer. Raises PedroError where the shape cannot be compiled, or takes too much.
+        """Creates the mask of one answer. Raises PedroError if the shape cannot be compiled or exceeds the limits.
 
-        `apart`: the answer's text is what it is alone (`Request.apart`), so that some tokenizers' space in front of it
-        is none of it.
+        `apart`: the answer is decoded on its own (`Request.apart`), so that a leading space added by some tokenizers
+        is not part of it.
         """
         key = shape, apart and self._spaces
         async with self._turns.of(tenant):
@@ -61,7 +61,7 @@ class AnswerShapes:
             if made is None or made.used_up:
                 async with self._free:
                     made = await to_its_end(self._compile, *key)
-            known[key] = made  # last: asked for most recently
+            known[key] = made  # at the end: most recently used
             if len(known) > MAX_SHAPES:
                 known.popitem(last=False)
         return made.start
@@ -78,7 +78,7 @@ class AnswerShapes:
         return known
 
     def _compile(self, shape: AnswerShape, spaced: bool) -> CompiledShape:
-        """Runs on a thread; llguidance lets go of the interpreter meanwhile."""
+        """Runs on a thread; llguidance releases the GIL."""
         grammar = self._worker.grammar(shape, spaced)
         if self._tokens is None:
             self._tokens = self._llguidance_tokenizer(shape.param)
@@ -91,17 +91,17 @@ class AnswerShapes:
             return from_tokenizer(tokenizer, self._vocabulary, self._eos_ids or None)
         except ValueError as error:
             raise PedroError(
-                f"{param}: the tokenizer of this backbone is none that answers can be held to a shape with",
+                f"{param}: this backbone's tokenizer does not support answer shapes",
                 param=param,
                 code="unsupported_parameter",
             ) from error
 
 
 class CompiledShape:
-    """A shape's grammar as llguidance reads it for one tokenizer. Raises PedroError where that takes too much.
+    """A shape's grammar, parsed by llguidance for one tokenizer. Raises PedroError if that exceeds the limits.
 
-    Answers share what its lexer has learnt, and the limit of that. Where the limit is reached, an answer goes on with a
-    lexer of its own, so that it ends as it would alone; the shape is `used_up`.
+    Answers share the lexer's states, and their limit. Beyond that limit, an answer continues with a separate lexer, so
+    that its result is the same as alone; the shape is `used_up`.
     """
 
     def __init__(self, tokens: LLTokenizer, grammar: str, words: int, param: str, unlike: frozenset[int]) -> None:
@@ -110,20 +110,20 @@ class CompiledShape:
         self.used_up = self.is_cheap = False
         began = time.thread_time()
         self.matcher = self.read()
-        self.start().bits()  # the first mask is the dearest, and the same for all answers
+        self.start().bits()  # the first mask is the most expensive, and the same for all answers
         self.is_cheap = time.thread_time() - began < CHEAP_S
 
     def read(self) -> LLMatcher:
-        """Read the grammar anew."""
+        """Parse the grammar again."""
         return LLMatcher(self._tokens, self._grammar, log_level=0, limits=limits())
 
     def start(self) -> Matcher:
-        """The mask of an answer that begins."""
+        """The mask of a new answer."""
         return Matcher(self)
 
 
 class Matcher:
-    """The mask of one answer. Conforms to `pedro.engine.token_mask.TokenMask`."""
+    """The mask of one answer. Implements `pedro.engine.token_mask.TokenMask`."""
 
     def __init__(self, shape: CompiledShape) -> None:
         self._shape = shape
@@ -149,7 +149,7 @@ class Matcher:
         return self._bits
 
     def lets(self, token_id: int) -> bool:
-        """Whether the token may come next. Of tokens that are spelled alike a mask may leave some out."""
+        """Whether the token may come next. A mask may exclude some of several tokens with the same spelling."""
         if token_id not in self._shape.unlike:
             return False
         began = time.thread_time()
@@ -158,7 +158,7 @@ class Matcher:
         return good and self._cpu_left_s >= 0
 
     def accept(self, token_id: int) -> bool:
-        """Take the chosen token; True where nothing can follow. What goes wrong here `bits` says."""
+        """Advance by the chosen token; True if nothing can follow. Errors are reported by `bits`."""
         self._taken.append(token_id)
         return bool(self._matcher.consume_token(token_id) and self._matcher.is_stopped())
 
@@ -167,7 +167,7 @@ class Matcher:
 
 
 def _unlike(tokens: LLTokenizer) -> frozenset[int]:
-    """The tokens with a text that no other token has; special ones have none."""
+    """The tokens whose text is unique; special tokens have no text."""
     first: dict[bytes, int] = {}
     twice: set[bytes] = {b""}
     for token in (token for token in range(tokens.vocab_size) if not tokens.is_special_token(token)):
@@ -178,7 +178,7 @@ def _unlike(tokens: LLTokenizer) -> frozenset[int]:
 
 
 def _puts_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether a text's first token has a space in front of it that is shown only where another token stands before."""
+    """Whether a text's first token has a leading space that is only shown after another token."""
     ids = tokenizer("a", add_special_tokens=False).input_ids
     alone = tokenizer.decode(ids)
     return tokenizer.decode([*ids, *ids]) == f"{alone} {alone}"

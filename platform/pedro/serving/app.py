@@ -1,4 +1,4 @@
-"""The Ray Serve application: ingress (gateway, no accelerator) in front of engine replicas (one a device).
+"""The Ray Serve application: ingress (gateway, no accelerator) in front of engine replicas (one per device).
 
 The same `build_app` serves `pedro serve`, a Serve config file and a RayService of KubeRay.
 """
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 KEEP_HOUSE_EVERY_S = 15.0
 KEEP_AUDIT_S = 400 * 24 * 3600.0
-KEEP_CHANGES_S = 3600.0  # a gateway that was held up for longer reads everything again
-KEEP_BATCHES_S = 7 * 24 * 3600.0  # of usage: a gateway that could not write for so long may enter its last one twice
-HEAD_RESOURCE = "node:__internal_head__"  # which Ray gives to no other node
-HEALTH_CHECK_PERIOD_S = 2.0  # a gateway that died is replaced within some such periods
-STREAMS_END_S = 90.0  # what a gateway that is to leave has for the streams that it sends
-MAX_STARTS = 100  # of a replica; Serve's own bound, three for each, is RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT
-MAX_ONGOING = 4096  # far above the engine's own bounded queue, which is what refuses
+KEEP_CHANGES_S = 3600.0  # a gateway that lags further behind reads everything again
+KEEP_BATCHES_S = 7 * 24 * 3600.0  # of usage: beyond this a gateway's delayed last batch may count twice
+HEAD_RESOURCE = "node:__internal_head__"  # which only the head has
+HEALTH_CHECK_PERIOD_S = 2.0  # a dead gateway is replaced within a few of these
+STREAMS_END_S = 90.0  # for a stopping gateway to finish its streams
+MAX_STARTS = 100  # per replica; Serve's default of three is raised by RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT
+MAX_ONGOING = 4096  # far above the engine's own queue limit, which applies first
 
 
 @serve.deployment(
     name="engine",
     max_ongoing_requests=MAX_ONGOING,
     max_constructor_retry_count=MAX_STARTS,
-    graceful_shutdown_timeout_s=10,  # what has not ended then goes on at another, from the token that it had come to
+    graceful_shutdown_timeout_s=10,  # unfinished requests then continue on another replica
     request_router_config=RequestRouterConfig.model_validate({"request_router_class": ROUTER}),
 )
 class EngineReplica:
-    """One engine on one device. Each method takes the id of the replica that it is meant for."""
+    """One engine on one device. Each method takes the id of the intended replica."""
 
     def __init__(self, config: dict[str, Any], settings: Settings) -> None:
         from pedro import log_lines, tracing
@@ -60,7 +60,7 @@ class EngineReplica:
         self._server = ReplicaServer(given, settings, self._id, self._end, _replicas_here(given))
 
     def _end(self, _error: PedroError) -> None:
-        """The engine cannot go on: with this process its requests go to another replica, and Serve starts a new one."""
+        """The engine cannot continue: exit, so that its requests move to another replica and Serve starts a new one."""
         os._exit(1)
 
     async def stream(self, stream_id: str, *, to: str) -> AsyncGenerator[OutputBatch | ReplicaLost, None]:
@@ -75,23 +75,23 @@ class EngineReplica:
     async def submit(
         self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int], *, to: str
     ) -> ReplicaLost | PedroError | None:
-        """Start calls on that stream and end others."""
+        """Start and end calls on that stream."""
         return await self._answer(to, lambda: self._server.submit(stream_id, requests, cancelled))
 
     async def ask(self, request: ControlRequest[T], *, to: str) -> T | ReplicaLost | PedroError:
-        """What is no generation."""
+        """Requests other than generation."""
         return await self._answer(to, lambda: self._server.ask(request))
 
     async def stats(self) -> dict[str, Any]:
-        """Counts and occupancy of this replica's engine; of any one where there are several."""
+        """Statistics of this replica's engine, or of any one if there are several."""
         return self._server.stats()
 
     def check_health(self) -> None:
-        """Called by Serve; an exception has the replica replaced."""
+        """Called by Serve; if it raises, the replica is replaced."""
         self._server.check_health()
 
     async def _answer(self, to: str, work: Callable[[], Awaitable[T]]) -> T | ReplicaLost | PedroError:
-        """What `work` gives; an error meant for the one who asked is a value (`RayReplicaConnection` raises it)."""
+        """The result of `work`; errors for the caller are returned as values (`RayReplicaConnection` raises them)."""
         if to != self._id:
             return ReplicaLost(to, blameless=True)
         try:
@@ -142,7 +142,7 @@ class Gateway:
         from pedro.gateway.app import GatewaySettings, create_app
         from pedro.gateway.observability import write_to
         from pedro.serving.backend import ServeBackend
-        from pedro.serving.discovery import DISCOVERY  # here: Serve ships this class by value, with its globals
+        from pedro.serving.discovery import DISCOVERY  # here: Serve pickles this class with its globals
         from pedro.serving.router import ReplicaSet
 
         log_lines.use(self._log_format)
@@ -155,9 +155,9 @@ class Gateway:
             loop.call_soon_threadsafe(connected.update, replicas)
 
         DISCOVERY.subscribe(update)
-        first = self._engine.stats.remote()  # a handle's first request makes its router, which publishes replicas
-        with suppress(Exception):  # the watcher says so, and tries again
-            await self._resolver.refresh()  # before the first request comes, as in place of another ingress
+        first = self._engine.stats.remote()  # a handle's first request creates its router, which publishes replicas
+        with suppress(Exception):  # the watcher logs it and retries
+            await self._resolver.refresh()  # before the first request, which may arrive at once
         name = serve.get_replica_context().replica_tag if self._config.gateways > 1 else ""
         backend = ServeBackend(
             self._config.model_name,
@@ -170,7 +170,7 @@ class Gateway:
             name,
         )
 
-        async def learn() -> None:  # an engine's memory may hold less than the context
+        async def learn() -> None:  # an engine may have memory for less than the context
             backend.max_model_len = (await first)["max_length"]
 
         tasks = learn(), self._resolver.watch(), self._keep_house()
@@ -189,18 +189,17 @@ class Gateway:
             max_file_bytes=int(self._config.max_file_mb * 2**20),
             max_tenant_file_bytes=int(self._config.max_tenant_files_mb * 2**20),
             max_open_jobs=self._config.max_open_jobs,
-            send_request_id=False,  # Serve's proxy sends it itself
+            send_request_id=False,  # Serve's proxy sends it
         )
         return create_app(lambda: backend, self._store, settings)
 
     async def _keep_house(self) -> None:
-        """Tell MLflow of moves that it has not heard of, forget old changes and the old audit, measure what is kept;
-        until cancelled."""
+        """Mirror pending moves to MLflow, trim the change feed and the audit, measure stored sizes; until cancelled."""
         seen: Position | None = None
         waiting: list[str] = []
         while True:
             await asyncio.sleep(KEEP_HOUSE_EVERY_S)
-            with suppress(Exception):  # the database is away, as the watcher says; it is tried again
+            with suppress(Exception):  # the database is away, which the watcher logs; retried
                 here = await asyncio.to_thread(self._registry.stamp)
                 if waiting or here != seen:
                     waiting = await asyncio.to_thread(self._registry.mirror)
@@ -212,14 +211,14 @@ class Gateway:
 
 
 def max_body_bytes(max_model_len: int) -> int:
-    """Room for 256 full prompts as token ids: what is larger could only be refused, at a cost to everybody else."""
+    """Room for 256 full prompts as token ids: anything larger would be refused anyway, after delaying others."""
     return min(8 * 2**20, max(2**20, 2048 * max_model_len))
 
 
 def build_app(args: dict[str, Any]) -> Application:
     """The application for `args` (the fields of ServeConfig).
 
-    Raises ConfigError for wrong arguments and BackboneError for a backbone that cannot be had, before anything starts.
+    Raises ConfigError for invalid arguments and BackboneError for an unavailable backbone, before anything starts.
     """
     from pedro.backbone import resolve_backbone
     from pedro.backbones.sharing import obtain_backbone
@@ -243,7 +242,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
 
 def _replicas_here(config: ServeConfig) -> int:
-    """How many replicas may have the memory of this node, or of a GPU, between them; as if spread over all nodes."""
+    """How many replicas may share the memory of this node, or of a GPU, if spread evenly over all nodes."""
     import ray
 
     if config.device != "cpu" and config.num_gpus:
@@ -256,7 +255,7 @@ def _replicas_here(config: ServeConfig) -> int:
 
 
 def _off_the_head() -> dict[str, Any]:
-    """Options that keep an actor from the head, where the cluster has other nodes."""
+    """Options that keep an actor off the head, if the cluster has other nodes."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []

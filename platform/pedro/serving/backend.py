@@ -1,4 +1,4 @@
-"""The gateway's backend: names resolved here, tokens made by an engine replica."""
+"""The gateway's backend: resolves names here and generates tokens on an engine replica."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ServeBackend:
         sizes: SizeGauges | None = None,
         gateway: str = "",
     ) -> None:
-        """`gateway`: its name, as a label of what it counts itself, where there are several."""
+        """`gateway`: its name, as a label of its own metrics, if there are several."""
         self._gateway = gateway
         self._model_name = model_name
         self.max_model_len = max_model_len
@@ -95,22 +95,22 @@ class ServeBackend:
         return [self._backbone_card(), *(self._card(v.name, v) for v in await self._resolver.champions(tenant))]
 
     async def get_model(self, tenant: str, name: str) -> ModelCard:
-        """The card of one name; the uniform 404 otherwise."""
+        """The card of one name; otherwise the uniform 404."""
         if name == self._model_name:
             return self._backbone_card()
         return self._card(name, await self._resolver.resolve(tenant, name))
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Delta, None]:
-        """Deltas of the call, as the replica sends them, a slice of time at once.
+        """Deltas of the call as the replica sends them, batched by time slices.
 
-        Where a name means a version that cannot be served, the last version that answered as that name does; one
-        asked for by its number is never another. Raises DeadlineError once the call's time is over.
+        If a name resolves to a version that cannot be served, the last version that answered under this name answers
+        instead; versions requested by number are never replaced. Raises DeadlineError once the call's time is over.
         """
         self._check_size(call.prompt)
         if "seed" not in call.params:
             call = replace(call, params={**call.params, "seed": secrets.randbits(63)})
         until = time.monotonic() + min(call.timeout_s or self._timeout_s, self._timeout_s)
-        split: list[int] = []  # the canary, where it was asked whether it or the champion answers
+        split: list[int] = []  # the canary, if the request was split between it and the champion
 
         def share(canary: int) -> float:
             split.append(canary)
@@ -164,7 +164,7 @@ class ServeBackend:
                 yield delta
 
     async def _stand_in(self, call: GenerateCall, version: Version) -> Version | None:
-        """The version that answers in place of one that cannot be served: the last that did, or the former champion."""
+        """The version that replaces one that cannot be served: the last that answered, or the previous champion."""
         named = ModelRef.parse(call.model)
         if named.version is not None:
             return None
@@ -183,7 +183,7 @@ class ServeBackend:
         return None
 
     def _check_size(self, prompt: str | tuple[int, ...] | None) -> None:
-        """Refuse here what no replica could take, rather than carry it there."""
+        """Refuse calls here that no replica could accept."""
         if isinstance(prompt, tuple) and len(prompt) > self.max_model_len:
             raise PedroError(
                 f"the prompt has {len(prompt):,} tokens, and the context is {self.max_model_len:,} tokens; shorten it",
@@ -222,7 +222,7 @@ class ServeBackend:
     async def set_canary(
         self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
     ) -> AdapterCard:
-        """Give a version a share of the champion's requests, or end that."""
+        """Give a version a share of the champion's requests, or end it."""
         self._own(tenant, name)
         if weight:
             await self._check_servable(name, version)
@@ -233,7 +233,7 @@ class ServeBackend:
     async def set_shadow(
         self, tenant: str, name: str, version: int, weight: float, *, actor: Actor | None = None
     ) -> AdapterCard:
-        """Have a version asked a share of what the champion answers, or end that."""
+        """Send a version copies of a share of the champion's requests, or end it."""
         self._own(tenant, name)
         if weight:
             await self._check_servable(name, version)
@@ -244,7 +244,7 @@ class ServeBackend:
     async def delete_version(
         self, tenant: str, name: str, version: int, *, unused: bool = False, actor: Actor | None = None
     ) -> None:
-        """Delete one version; the champion is refused, or whatever an alias or the canary names."""
+        """Delete one version; refused for the champion, or for any version with an alias, canary or shadow."""
         self._own(tenant, name)
         if unused:
             await asyncio.to_thread(self._registry.retire, name, version, actor=actor)
@@ -253,10 +253,10 @@ class ServeBackend:
         await self._resolver.refresh()
 
     async def get_adapter(self, tenant: str, name: str) -> AdapterCard:
-        """One adapter with its versions; the uniform 404 otherwise."""
+        """One adapter with its versions; otherwise the uniform 404."""
         try:
             card = await self._adapter(name) if visible(name, tenant) else None
-        except NotFoundError:  # no name of an adapter at all
+        except NotFoundError:  # not an adapter's name
             card = None
         if card is None or not card.versions:
             raise model_not_found(name)
@@ -279,7 +279,7 @@ class ServeBackend:
         return await self._replicas.ask(DescribeTokenizer())
 
     async def residents(self, tenant: str) -> list[AdapterResidence]:
-        """Every adapter version of `tenant` that a replica holds now."""
+        """Every adapter version of `tenant` on a replica now."""
         residences = await self._ask_all(ListResidents())
         return [at for at in residences if visible(at.name, tenant)]
 
@@ -288,38 +288,38 @@ class ServeBackend:
         return await self._load(tenant, ref, pin=False)
 
     async def pin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Load it and keep it from being evicted; a replica that comes later starts without pins."""
+        """Load it and prevent its eviction; replicas started later have no pins."""
         return await self._load(tenant, ref, pin=True)
 
     async def unpin_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Make it one that may be evicted."""
+        """Let it be evicted again."""
         return await self._ask_all(UnpinAdapter(await self._version_ref(tenant, ref)))
 
     async def unload_adapter(self, tenant: str, ref: str) -> list[AdapterResidence]:
-        """Give its memory back, pinned or not."""
+        """Free its memory, pinned or not."""
         return await self._ask_all(UnloadAdapter(await self._version_ref(tenant, ref)))
 
     async def metrics(self) -> str:
-        """Prometheus text of every engine replica, and of what the home holds."""
+        """Prometheus text of every engine replica, and sizes of the home."""
         sizes = [] if self._sizes is None else [self._sizes.text()]
         own = [of_gateway(text, self._gateway) for text in (self._faults.metrics(), self._shadows.metrics())]
         return merged([*await self._replicas.ask_all(ReadMetrics()), *own, *sizes])
 
     async def ready(self) -> bool:
-        """The catalogue is known and a replica would take a call."""
+        """Whether the catalogue is loaded and a replica can take a call."""
         return self._resolver.loaded and self._replicas.ready
 
     async def degraded(self) -> bool:
-        """The catalogue was not read lately."""
+        """Whether the catalogue was not refreshed recently."""
         return not self._resolver.fresh
 
     async def _ref(self, tenant: str, model: str | None) -> ModelRef | None:
-        """The exact version of what `model` means; None for the backbone."""
+        """The exact version of `model`, with its digest; None for the backbone."""
         version = await self._version(tenant, model)
         return None if version is None else version.model_ref
 
     async def _version(self, tenant: str, model: str | None, share: Share | None = None) -> Version | None:
-        """What `model` means; None for the backbone."""
+        """The version of `model`; None for the backbone."""
         return None if model in (None, self._model_name) else await self._resolver.resolve(tenant, str(model), share)
 
     async def _version_ref(self, tenant: str, model: str) -> ModelRef:
@@ -338,15 +338,15 @@ class ServeBackend:
         return [at for of_replica in await self._replicas.ask_all(request) for at in of_replica]
 
     async def _check_servable(self, name: str, which: int | str) -> int | None:
-        """Have a replica load a version before it is champion, canary or shadow; its number, None if there is none.
+        """Let a replica load a version before it is champion, canary or shadow. Its number; None if there is none.
 
-        Raises ConflictError where it cannot be served. Where no replica answers it is not checked: a champion that
-        brings them down must be possible to take back.
+        Raises ConflictError if it cannot be served. If no replica answers, it is not checked: it must be possible to
+        replace a champion that crashes them.
         """
         try:
             version = await asyncio.to_thread(self._registry.get, name, which)
         except NotFoundError:
-            return None  # the registry says what is missing
+            return None  # the registry reports what is missing
         try:
             await self._replicas.ask(LoadAdapter(version.model_ref))
         except AdapterError as error:
@@ -357,7 +357,7 @@ class ServeBackend:
         except UnavailableError as error:
             if error.code not in ("no_replica", "replica_lost"):
                 raise
-            log.warning("whether %s can be served was not checked: %s", version.ref, error.message)
+            log.warning("could not check whether %s can be served: %s", version.ref, error.message)
         return version.version
 
     def _own(self, tenant: str, name: str) -> None:
@@ -386,15 +386,15 @@ class ServeBackend:
         )
 
     def _adapter_card(self, name: str, versions: list[Version], adapter: RegisteredAdapter | None) -> AdapterCard:
-        """On a thread: what a shadow was counted for is read."""
+        """On a thread: reads the shadow's counts."""
         has_shadow = adapter is not None and adapter.standing.shadow is not None
         counted = self._registry.store.shadow_answers(name) if has_shadow else None
         return adapter_card(name, versions, adapter, self._faults.reason, counted)
 
 
 def share_of(call: GenerateCall, canary: int) -> float:
-    """Where a call stands among those of its model beside a canary, from 0 to 1: a user always at the same place, else
-    each request at one of its own, with all of its prompts. The next canary meets other users first."""
+    """A call's position in the canary split, from 0 to 1: the same for all requests of a user, else random per request,
+    with all of its prompts. Each canary starts with different users."""
     whom = call.user or call.request_id.rpartition("-")[0]
     digest = hashlib.sha256(f"{call.model.partition('@')[0]}\n{canary}\n{whom}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

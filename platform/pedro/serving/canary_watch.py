@@ -1,6 +1,6 @@
-"""Tells the store how canaries and the champions beside them answer, summed over a while. For one event loop.
+"""Reports to the store how canaries and their champions answer, summed over an interval. For one event loop.
 
-Only requests that the split of a canary decided are counted: both sides are then asked alike.
+Only requests assigned by the canary split are counted, so that both sides get comparable requests.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pedro.serving.resolver import ModelResolver
 
 FLUSH_EVERY_S = 5.0
-MAX_SUMS = 10_000  # versions with answers that the store does not have yet
+MAX_SUMS = 10_000  # versions with unreported answers
 log = logging.getLogger("pedro.serving")
 
 
 class CanaryWatch:
-    """`flush_every_s` after an answer the store has it; while it is away, the sums are kept."""
+    """Reports an answer within `flush_every_s`; while the store is away, the sums are kept."""
 
     def __init__(self, registry: Registry, resolver: ModelResolver, flush_every_s: float = FLUSH_EVERY_S) -> None:
         self._registry = registry
@@ -33,7 +33,7 @@ class CanaryWatch:
         self._flushing: asyncio.Task[None] | None = None
 
     def note(self, version: Version, error: Exception | None) -> None:
-        """A request was answered by `version`, or ended in an error; one that is the client's own counts as nothing."""
+        """Count an answer or error of `version`; errors caused by the client do not count."""
         if error is not None and not ours(error):
             return
         self._add(version.name, version.version, AnswerCounts(answers=1, errors=int(error is not None)))
@@ -41,7 +41,7 @@ class CanaryWatch:
             self._flushing = asyncio.create_task(self._flush_later())
 
     async def flush(self) -> None:
-        """Have the store count what was noted; a canary that it withdraws is heard of at once."""
+        """Report the sums to the store; a withdrawn canary takes effect here at once."""
         batch, self._sums = self._sums, {}
         for name, counts in batch.items():
             try:
@@ -50,7 +50,7 @@ class CanaryWatch:
                     log.warning("%s: its canary answers worse than its champion and was withdrawn", name)
                     await self._resolver.refresh()
             except PedroError as error:
-                log.warning("answers of %s were not counted and are kept: %s", name, error.message)
+                log.warning("answers of %s could not be reported and are kept: %s", name, error.message)
                 for version, more in counts.items():
                     self._add(name, version, more)
 
@@ -70,5 +70,5 @@ class CanaryWatch:
 
 
 def ours(error: Exception) -> bool:
-    """Whether an error is the version's or the platform's, not the client's."""
+    """Whether an error was caused by the version or the platform, not by the client."""
     return not isinstance(error, PedroError) or error.status >= 500 or error.code in SET_ASIDE_S

@@ -1,4 +1,4 @@
-"""An adapter as its operator sees it: versions with their faults, aliases, canary and shadow. Asks nothing."""
+"""An adapter as operators see it: versions with faults, aliases, canary and shadow. Pure functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adapter_card(
     reason: Callable[[ModelRef], str | None],
     counted: ShadowCounts | None,
 ) -> AdapterCard:
-    """Versions newest first; `reason` says why one cannot be served, `counted` is what the shadow answered."""
+    """Versions newest first; `reason` says why one cannot be served, `counted` are the shadow's counts."""
     splits: dict[str, Any] = {} if adapter is None else adapter.standing.to_dict()
     shadow = splits.get("shadow")
     return AdapterCard(
@@ -40,5 +40,5 @@ def adapter_card(
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; a version's record also says which split they are of."""
+    """The numeric metrics; a version's record also has the name of their split."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""One ingress's client of one replica: submits calls over its connection, hands each its share of what comes back."""
+"""One ingress's client of one replica: submits calls over its connection and distributes the outputs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from pedro.gateway.backend import Delta, GenerateCall
     from pedro.refs import ModelRef
 
-MAX_UNREAD = 1024  # batches: at least half a minute that a client did not read
+MAX_UNREAD = 1024  # batches: at least half a minute of output
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
-COUNT_S = 10.0  # how long a replica may take to tell what a call used that was left; nobody waits meanwhile
+COUNT_S = 10.0  # for a replica to report an abandoned call's usage, in the background
 log = logging.getLogger("pedro.serving")
 
 
 class ReplicaClient:
-    """Keeps the stream open until `close`; between a break and the next stream it is not `ready`.
+    """Keeps the stream open until `close`; not `ready` between a break and the next stream.
 
     `on_change` is called whenever `ready` or `waiting` changes. All on one event loop.
     """
@@ -50,11 +50,11 @@ class ReplicaClient:
         self._backbone = backbone
         self._id = ""
         self._others = 0  # calls of other ingresses, as of the last batch
-        self._due = 0  # the number of the stream's next batch
-        self._blameless = False  # whether the stream broke for what can be no call's fault
+        self._due = 0  # the number of the next batch
+        self._blameless = False  # whether the stream broke for a reason that no call can cause
         self._numbers = iter(range(1, 2**62))
         self._inboxes: dict[int, _Inbox] = {}
-        self._left: dict[int, _Inbox] = {}  # what these calls used is still to be told
+        self._left: dict[int, _Inbox] = {}  # abandoned calls whose usage is pending
         self._to_submit: list[SubmitRequest] = []
         self._to_cancel: list[int] = []
         self._to_answer: list[asyncio.Future[None]] = []
@@ -69,13 +69,13 @@ class ReplicaClient:
         return self._others + len(self._inboxes)
 
     def waiting(self, within_s: float) -> set[ModelRef]:
-        """The adapter versions of calls here that have nothing yet, though they came no longer ago."""
+        """Adapter versions of calls without output yet, unless they were sent too long ago."""
         since = time.monotonic() - within_s
         empty = [inbox for inbox in self._inboxes.values() if not inbox.begun and not inbox.ended]
         return {inbox.ref for inbox in empty if inbox.ref is not None and inbox.since >= since}
 
     async def answer(self) -> None:
-        """Returns once the replica has answered a message sent from now on. Raises ReplicaLost."""
+        """Returns once the replica has answered a message sent after this call. Raises ReplicaLost."""
         if not self.ready:
             raise ReplicaLost(self.replica, blameless=True)
         answered = asyncio.get_running_loop().create_future()
@@ -86,10 +86,10 @@ class ReplicaClient:
     async def generate(
         self, call: GenerateCall, ref: ModelRef | None, resumed: tuple[int, ...]
     ) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of one call, as they come. Leaving early ends the call on the replica.
+        """The deltas of one call, as they arrive. Leaving early ends the call on the replica.
 
-        Raises the call's own PedroError, ReplicaLost where the stream broke before the call was finished, or where a
-        part of the answer is missing, doubled or out of order.
+        Raises the call's own PedroError, or ReplicaLost if the stream broke before the call was finished, or part of
+        the answer is missing, duplicated or out of order.
         """
         if not self.ready:
             raise ReplicaLost(self.replica, blameless=True)
@@ -106,7 +106,7 @@ class ReplicaClient:
             self._leave(number)
 
     def drain(self) -> None:
-        """Take no more calls; the stream ends once those that run have."""
+        """Accept no more calls; the stream ends after those in progress."""
         self._draining = True
         self._set_ready(False)
         self._end_if_drained()
@@ -130,7 +130,7 @@ class ReplicaClient:
         self._end_if_drained()
 
     def _cancel(self, number: int) -> bool:
-        """End a call on the replica; False if that never heard of it."""
+        """End a call on the replica; False if it was never sent."""
         waiting = [request for request in self._to_submit if request.number != number]
         if len(waiting) < len(self._to_submit):
             self._to_submit = waiting
@@ -140,7 +140,7 @@ class ReplicaClient:
         return True
 
     def _await_count(self, number: int, inbox: _Inbox) -> None:
-        """Have the meter of a call that was left hear what the replica counted, while the stream and time last."""
+        """Pass the replica's count of an abandoned call to its meter, within a time limit."""
         if inbox.meter is not None:
             self._left[number] = inbox
             inbox.meter.expect()
@@ -182,7 +182,7 @@ class ReplicaClient:
                 both.create_task(self._submit())
         finally:
             self._lose()
-            with suppress(Exception):  # what broke need not close well
+            with suppress(Exception):  # a broken stream may fail to close
                 await stream.aclose()
 
     async def _read(self, stream: AsyncGenerator[OutputBatch, None]) -> None:
@@ -204,7 +204,7 @@ class ReplicaClient:
         return batch
 
     async def _submit(self) -> None:
-        """Send what is to be sent, one message at a time, so that calls which come together travel together."""
+        """Send pending calls, one message at a time, so that concurrent calls are batched."""
         while True:
             await self._something_to_send.wait()
             self._something_to_send.clear()
@@ -215,7 +215,7 @@ class ReplicaClient:
                 try:
                     await self.connection.submit(self._id, requests, cancelled)
                 except ReplicaLost as lost:
-                    if lost.blameless:  # it took none of them
+                    if lost.blameless:  # none was started
                         self._to_submit = [*requests, *self._to_submit]
                     raise
             for answered in self._to_answer[:asked]:
@@ -237,7 +237,7 @@ class ReplicaClient:
                 self._on_change()
 
     def _count(self, number: int, part: OutputPart) -> None:
-        """Take a part of a call that was left."""
+        """Handle output of an abandoned call."""
         inbox = self._left.get(number)
         if inbox is not None:
             with suppress(ReplicaLost):
@@ -246,7 +246,7 @@ class ReplicaClient:
                 self._counted(number)
 
     def _lose(self) -> None:
-        """The stream is gone, and with it what was unfinished.
+        """The stream is gone, and its unfinished calls with it.
 
         No call is to blame where the replica was to leave anyway, nor one that it never heard of.
         """
@@ -275,15 +275,15 @@ class ReplicaClient:
 
 
 class _Inbox:
-    """What came for one call and was not read yet: bounded, and never in the way of other calls."""
+    """Unread output of one call: bounded, and never blocking other calls."""
 
     def __init__(self, call: GenerateCall, ref: ModelRef | None, resumed: int) -> None:
         self.ref = ref
         self.meter = call.meter
         self.since = time.monotonic()
-        self.begun = False  # whether anything came
+        self.begun = False  # whether any output arrived
         self._echo = call.echo
-        self._resumed = resumed  # tokens of the answer that the client has already
+        self._resumed = resumed  # answer tokens that the client already has
         self._counts = TokenCounts()
         self._prompt_tokens = self._cached_tokens = 0
         self._spent: Spent | None = None
@@ -299,7 +299,7 @@ class _Inbox:
 
     @property
     def is_counted(self) -> bool:
-        """Whether all that the call used here is known, or none of it counts, since the call is issued again."""
+        """Whether the call's usage here is known, or does not count because the call is reissued."""
         return self._spent is not None or self._unfinished <= 0 or isinstance(self._error, ReplicaLost)
 
     @property
@@ -308,7 +308,7 @@ class _Inbox:
         return not self._unread and self._error is None and self._unfinished <= 0
 
     def put(self, part: OutputPart) -> bool:
-        """Take a part; False where the call is to be ended, as nobody reads it or this part is not the next."""
+        """Add output; False if the call must be ended, because it is not read or output was lost."""
         self.begun = True
         ended = self.ended
         try:
@@ -316,7 +316,7 @@ class _Inbox:
         except ReplicaLost as error:
             if ended:
                 return True
-            log.error("a part of an answer was lost on its way: %s", error)
+            log.error("part of an answer was lost in transit: %s", error)
             self.fail(error)
             return False
         if ended or isinstance(part, Spent):
@@ -325,7 +325,7 @@ class _Inbox:
             self.fail(part)
             return True
         if len(self._unread) >= MAX_UNREAD:
-            self._error = PedroError("the answer was not read for too long, so it was ended", code="client_too_slow")
+            self._error = PedroError("the answer was not read for too long and was ended", code="client_too_slow")
             self._news.set()
             return False
         self._unread.append(part)
@@ -333,7 +333,7 @@ class _Inbox:
         return True
 
     def count(self, part: OutputPart) -> None:
-        """Note what a part tells of tokens used. Raises ReplicaLost where it is not the next one."""
+        """Update the token counts. Raises ReplicaLost if output is missing or duplicated."""
         if isinstance(part, Spent):
             self._spent = part
         elif isinstance(part, list):
@@ -344,20 +344,20 @@ class _Inbox:
             self._unfinished -= sum(delta.finish_reason is not None for delta in part)
 
     def tell(self) -> None:
-        """Tell the call's meter what is known."""
+        """Update the call's meter."""
         if self.meter is not None:
             self.meter.count(self._prompt_tokens, self._counts.total, self._cached_tokens)
             if (spent := self._spent) is not None:
                 self.meter.count(spent.prompt_tokens, spent.completion_tokens, spent.cached_tokens)
 
     def fail(self, error: Exception) -> None:
-        """End with `error`, once what came before is read."""
+        """End with `error`, after earlier output was read."""
         if not self.ended:
             self._error = error
             self._news.set()
 
     async def get(self) -> list[Delta]:
-        """All that is unread, in order; raises the error at its turn."""
+        """All unread output, in order; then raises the error, if any."""
         await self._news.wait()
         if self._unread:
             unread, self._unread = self._unread, []

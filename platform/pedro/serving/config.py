@@ -1,4 +1,4 @@
-"""Arguments of a server: which backbone, how large, on which device."""
+"""Arguments of a server: backbone, sizes, device."""
 
 from __future__ import annotations
 
@@ -12,74 +12,74 @@ from pedro.process import parse_memory
 
 
 class ServeConfig(Frozen):
-    """Arguments of `build_app`; the same on the command line, in a Serve config file and in k8s manifests."""
+    """Arguments of `build_app`, also used on the command line, in Serve config files and in k8s manifests."""
 
     backbone: str = "stories260K"
-    """A name of `pedro backbones list`, a transformers directory, or a hub id."""
+    """A name from `pedro backbones list`, a transformers directory, or a hub id."""
     served_name: str | None = None
-    """How requests name the bare backbone; its id, or the directory's name, if not given."""
+    """The bare backbone's name in requests; default: its id, or the directory's name."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the backbone's weights; the CPU kernel wants float32."""
+    """Data type of the backbone's weights; the CPU kernel needs float32."""
     weights: Literal["float32", "int8", "int4"] = "float32"
-    """What the CPU kernel keeps the backbone in; int8 and int4 are quantised at the start. It computes in float32 all
-    the same, and adapters stay as they are."""
+    """Format of the backbone's weights in the CPU kernel; int8 and int4 are quantised at the start. Computation is in
+    float32, and adapters are unchanged."""
     device: str = "cpu"
     """cpu or cuda."""
     replicas: int = Field(1, ge=1)
-    """Engine replicas, one a device."""
+    """Engine replicas, one per device."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """Processes of one replica, each with its part of every layer and of every adapter, on one machine: for a backbone
-    that no GPU holds whole. Each has a GPU of its own, or on a CPU its share of the threads."""
+    """Processes per replica, on one machine, each with a part of every layer and adapter: for a backbone that does not
+    fit on one GPU. Each uses one GPU, or on a CPU its share of the threads."""
     gateways: int = Field(1, ge=1)
-    """Gateway processes, which share the quotas through the database. Every node's proxy sends requests to any."""
+    """Gateway processes, which share quotas through the database. Every node's proxy sends requests to any of them."""
     gateway_num_cpus: float = Field(0, ge=0)
-    """CPUs that Ray sets aside for a gateway. Above 0, none lands on a node without CPUs, as a cluster's head should
-    be; a head that has other nodes beside it when the server starts gets none in any case."""
+    """CPUs that Ray reserves per gateway. Above 0, none is placed on a node without CPUs, which a cluster's head should
+    be; if the cluster has other nodes at the start, none is placed on the head anyway."""
     num_cpus: float = Field(0, ge=0)
-    """CPUs that Ray sets aside for an engine replica; 0 shares them with training, which suits a laptop."""
+    """CPUs that Ray reserves per engine replica; 0 shares them with training, as suits a laptop."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs that Ray sets aside for an engine replica."""
+    """GPUs that Ray reserves per engine replica."""
     threads: int | None = Field(None, ge=1)
-    """The most threads of an engine replica; if not given, the cores that affinity and the cgroup's quota grant it.
-    On a CPU it uses fewer while busy neighbours keep some from running."""
+    """Maximum threads of an engine replica; default: the cores that affinity and the cgroup's quota allow. On a CPU it
+    uses fewer while other processes compete for them."""
     max_batch: int = Field(32, ge=1)
-    """Sequences decoded together, at most."""
+    """Maximum number of sequences decoded together."""
     speculate: Literal["off", "ngram"] = "off"
-    """ngram: on a CPU, an answer's next tokens are looked up in its prompt and in itself, and several are checked in a
-    step. Answers stay the same; those that quote their prompt come sooner. It rests where it does not pay."""
+    """ngram: on a CPU, an answer's next tokens are looked up in its prompt and in itself, and several are verified per
+    step. Answers do not change; those that quote their prompt are faster. It pauses where it does not pay off."""
     num_speculative_tokens: int = Field(8, ge=1)
-    """The most tokens of one guess."""
+    """Maximum tokens per guess."""
     prompt_lookup_max: int = Field(3, ge=1)
-    """How many last tokens are looked up, at most."""
+    """Maximum number of trailing tokens that are looked up."""
     prompt_lookup_min: int = Field(2, ge=1)
     """And at least."""
     max_length: int | None = Field(None, ge=2)
-    """Tokens of prompt and answer together; the backbone's context if not given."""
+    """Tokens of prompt and answer together; default: the backbone's context."""
     max_waiting: int = Field(1024, ge=1)
-    """Requests that may queue at a replica; more are answered 503."""
+    """Requests that may queue at a replica; further ones get 503."""
     request_timeout_s: float = Field(600, gt=0, le=86_400)
-    """How long an answer may take; a request's `x-request-timeout` header (seconds) can ask for less, not for more."""
+    """Time limit of an answer; a request's `x-request-timeout` header (seconds) can lower it."""
     tenant_weights: dict[str, float] = Field(default_factory=dict)
-    """Shares of a busy engine by tenant, 1 where not named: {acme: 2} gives acme two tokens for another's one."""
+    """Shares of a busy engine by tenant, default 1: {acme: 2} gives acme twice the tokens of others."""
     adapter_budget_mb: float = Field(512, gt=0)
-    """Memory for resident adapters of a replica."""
+    """Memory for resident adapters, per replica."""
     kv_memory: str | int | float | None = None
-    """Memory of a replica for keys and values of running requests: 4GiB, say, or a share, up to 1.0, of what is free
-    beside the weights. If not given, the replicas of a machine have 0.5 between them on a CPU, 0.8 on a GPU. Requests
-    that find no room wait; what could never fit is refused."""
+    """Memory per replica for keys and values of running requests: a size such as 4GiB, or a share, up to 1.0, of the
+    memory free after loading. By default the replicas of a machine share 0.5 of it on a CPU, 0.8 on a GPU. Requests
+    that do not fit wait; those that could never fit are refused."""
     prefix_cache_mb: float = Field(512, ge=0)
-    """Memory of a replica for what was read, so that prompts which begin alike are read once; 0 keeps nothing."""
+    """Memory per replica for the prefix cache, so that common beginnings of prompts are read once; 0 disables it."""
     share_bare_prefixes: bool = False
-    """Let tenants find what others' requests to the bare backbone left: then the time to a first token tells a tenant
-    whether somebody sent the same text before. Without it nothing passes between tenants."""
+    """Let tenants share cached prefixes of requests to the bare backbone: the time to the first token then reveals
+    whether someone sent the same text before. Without it nothing passes between tenants."""
     max_file_mb: float = Field(512, gt=0)
-    """Size of one uploaded file (`/v1/files`)."""
+    """Maximum size of an uploaded file (`/v1/files`)."""
     max_tenant_files_mb: float = Field(10_240, gt=0)
-    """Size of all files that a tenant keeps."""
+    """Maximum size of all files of a tenant."""
     max_open_jobs: int = Field(100, ge=1)
-    """Fine-tuning jobs of a tenant that have not ended; one more over HTTP is a 429."""
+    """Maximum unfinished fine-tuning jobs per tenant; further ones over HTTP get 429."""
     watch_interval_s: float = Field(0.5, gt=0, le=10)
-    """How often the registry's aliases are read: the bound on how late a hot swap is seen."""
+    """How often aliases are read, which limits the delay of a hot swap."""
 
     @field_validator("kv_memory")
     @classmethod
@@ -91,7 +91,7 @@ class ServeConfig(Frozen):
     @model_validator(mode="after")
     def _check_speculation(self) -> ServeConfig:
         if self.speculate != "off" and self.device != "cpu":
-            raise ValueError(f"speculate: {self.speculate} is for a CPU, not for {self.device}; use --speculate off")
+            raise ValueError(f"speculate: {self.speculate} needs a CPU, not {self.device}; use --speculate off")
         if self.prompt_lookup_max < self.prompt_lookup_min:
             raise ValueError(
                 f"prompt_lookup_max: expected at least prompt_lookup_min = {self.prompt_lookup_min}, "
@@ -108,7 +108,9 @@ class ServeConfig(Frozen):
                 f"with --tensor-parallel-size {ranks}"
             )
         if ranks > 1 and self.device == "cuda" and self.num_gpus not in (0, ranks):
-            raise ValueError(f"num_gpus: expected tensor_parallel_size = {ranks}, a GPU a rank, got {self.num_gpus:g}")
+            raise ValueError(
+                f"num_gpus: expected tensor_parallel_size = {ranks}, one GPU per rank, got {self.num_gpus:g}"
+            )
         return self
 
     @property

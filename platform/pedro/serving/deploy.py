@@ -1,4 +1,4 @@
-"""Deploys the application on a cluster and takes it down again."""
+"""Deploys the application on a cluster and removes it again."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def deploy(
     *,
     again: bool = False,
 ) -> Served:
-    """Serve `config` on the cluster of `settings` and wait until it answers. `again`: in place of this home's server,
-    whose head is gone; its port is kept for it, and who asks there waits.
+    """Serve `config` on the cluster of `settings` and wait until it answers. `again`: replace this home's server, whose
+    head is gone; its port is kept, and clients wait.
 
     Raises BackboneError for a backbone that cannot be had or loaded, ConfigError for a device or an address that there
     is not or a limit of connections that is not a number,
@@ -67,7 +67,7 @@ def deploy(
     if running is not None:
         raise ConflictError(
             f"already serving {running.backbone} at {running.url}: one server serves one backbone per PEDRO_HOME; "
-            "`pedro down` ends it, or another PEDRO_HOME holds another server"
+            "stop it with `pedro down`, or use another PEDRO_HOME for a second server"
         )
     port = port or cluster.free_port()
     if not again and not cluster.port_is_free(port, host):
@@ -85,7 +85,7 @@ def deploy(
     from pedro.serving.app import build_app
 
     app = build_app(config.model_dump())
-    if record(settings).is_file():  # of a server that no longer answers, but may still hold its port
+    if record(settings).is_file():  # of a server that no longer answers, but may still occupy its port
         _take_down(settings)
     served = Served(cluster.url_of(host, port), config.model_name)
     log(f"loading {config.backbone} and starting the server on {served.url}")
@@ -96,7 +96,7 @@ def deploy(
         )
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
         _wait_ready(served.url)
-        with suppress(Exception):  # it serves all the same
+        with suppress(Exception):  # the server works anyway
             log(_room())
     except RuntimeError as error:
         own = _error_of_a_replica()
@@ -113,7 +113,7 @@ def deploy(
 
 
 def undeploy(settings: Settings) -> bool:
-    """Take the application off the cluster; False if this home serves nothing."""
+    """Remove the application from the cluster; False if this home serves nothing."""
     from pedro import cluster
 
     recorded = record(settings).is_file()
@@ -127,9 +127,9 @@ def undeploy(settings: Settings) -> bool:
 
 
 def end(settings: Settings) -> dict[str, bool]:
-    """End what this home runs: its application and, where it has one, its local head with everything on it.
+    """End what this home runs: its application and its local head, if any, with everything on it.
 
-    Says which of `server` and `head` ran.
+    Returns which of `server` and `head` were running.
     """
     from pedro import cluster
 
@@ -143,14 +143,14 @@ def end(settings: Settings) -> dict[str, bool]:
 
 
 def disconnect() -> None:
-    """Leave the cluster, whose server goes on: Ray ends a process that is connected when the head is gone."""
+    """Disconnect from the cluster, whose server continues: Ray kills connected processes when the head dies."""
     import ray
 
     ray.shutdown()
 
 
 def find(settings: Settings) -> Served | None:
-    """The application that this home serves, if it answers."""
+    """The application of this home, if it answers."""
     import httpx
 
     try:
@@ -162,7 +162,7 @@ def find(settings: Settings) -> Served | None:
 
 
 def _take_down(settings: Settings) -> None:
-    """Off the cluster; Serve itself ends too where the cluster is this home's own."""
+    """Remove it from the cluster; also shut down Serve if the cluster belongs to this home."""
     from ray import serve
 
     if settings.ray_address is None:
@@ -173,12 +173,12 @@ def _take_down(settings: Settings) -> None:
 
 
 def record(settings: Settings) -> Path:
-    """The file that says where this home serves, while it does."""
+    """The file with this home's server address, while it runs."""
     return settings.home / SERVER_RECORD
 
 
 def restarting(settings: Settings) -> Path:
-    """A file that lies there while a server whose head is gone is started again; without it that ends at once."""
+    """A file that exists while a server is restarted after its head died; removing it aborts the restart."""
     return settings.home / "ray" / "restarting"
 
 
@@ -198,11 +198,11 @@ def _wait_ready(url: str) -> None:
         if answers(url):
             return
         time.sleep(0.2)
-    raise UnavailableError(f"the server at {url} did not get ready within {READY_TIMEOUT_S} s")
+    raise UnavailableError(f"the server at {url} was not ready within {READY_TIMEOUT_S} s")
 
 
 def _room() -> str:
-    """What the KV cache of a replica has room for."""
+    """A line on the size of a replica's KV cache."""
     from ray import serve
 
     stats = serve.get_deployment_handle("engine", APP_NAME).stats.remote().result(timeout_s=READY_TIMEOUT_S)
@@ -210,7 +210,7 @@ def _room() -> str:
 
 
 def _check(config: ServeConfig, here: bool) -> None:
-    """Raise what a replica would fail on, before anything starts; `here`: replicas run on this host."""
+    """Raise errors on which a replica would fail, before anything starts; `here`: replicas run on this host."""
     from pedro.backbone import check_dtype_and_device, check_tokenizer_files, resolve_backbone
 
     backbone = resolve_backbone(config.backbone)
@@ -224,7 +224,7 @@ def _check(config: ServeConfig, here: bool) -> None:
 
 
 def _check_quantised(config: ServeConfig, backbone: Backbone) -> None:
-    """Raise BackboneError where the native kernel, which alone has such weights, would not run."""
+    """Raise BackboneError if these weights need the native kernel, which cannot run."""
     from pedro.backbone import load_config
     from pedro.engine.native_model import unfit
 
@@ -232,13 +232,13 @@ def _check_quantised(config: ServeConfig, backbone: Backbone) -> None:
     why = why or (f"--dtype {config.dtype}" if config.dtype != "float32" else unfit(load_config(backbone)))
     if why:
         raise BackboneError(
-            f"weights: {config.weights} is for the CPU kernel with --dtype float32, and that cannot run here: {why}; "
+            f"weights: {config.weights} needs the CPU kernel with --dtype float32, which cannot run here: {why}; "
             "use --weights float32"
         )
 
 
 def _check_ranks(config: ServeConfig, backbone: Backbone) -> None:
-    """Raise what would keep the ranks of a replica from starting."""
+    """Raise errors that would prevent the ranks of a replica from starting."""
     from pedro.backbone import load_config
     from pedro.engine.tensor_parallel import check_devices, check_split
 
@@ -247,7 +247,7 @@ def _check_ranks(config: ServeConfig, backbone: Backbone) -> None:
 
 
 def _error_of_a_replica() -> PedroError | None:
-    """The error of ours that a replica ended with, of those that Serve quotes in its status."""
+    """The PedroError with which a replica failed, from Serve's status."""
     from ray import serve
 
     from pedro import errors

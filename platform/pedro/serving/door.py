@@ -1,4 +1,4 @@
-"""Keeps a server's port while nobody listens on it: clients wait until the server is back instead of being refused.
+"""Keeps a server's port while nothing listens on it: clients wait until the server is back instead of being refused.
 
 Ray starts a proxy that died again, and `pedro serve` a head; for some seconds nothing listens then. In these, and only
 in these, this listens beside whoever comes next (SO_REUSEPORT, as Ray Serve's proxies have it), and passes each
@@ -25,7 +25,7 @@ from pedro.gateway.passed_connections import MOST_HELD, counted_as, line_for, pl
 LOOK_S, LET_IN_S = 0.1, 0.02
 PATIENCE_S = 300.0  # a head and its server are back within a minute or two; clients wait ten
 PIECE = 2**14
-MOST_SAID = 2**16  # bytes that are kept of a connection before they can be passed on
+MOST_SAID = 2**16  # bytes buffered per connection before they can be forwarded
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 LISTENS = "0A"  # the state in these tables
 ABSENT = (
@@ -35,8 +35,8 @@ ABSENT = (
 
 
 class Door:
-    """One port. `wanted` says whether a server belongs there, `ready` whether it answers; that may block. Nothing is
-    done where the system has no tables of who listens."""
+    """One port. `wanted` says whether a server should be there, `ready` whether it answers; that may block. Does
+    nothing on systems without tables of listening sockets."""
 
     def __init__(self, host: str, port: int, wanted: Callable[[], bool], ready: Callable[[], bool]) -> None:
         self._host, self._port, self._wanted, self._ready = host, port, wanted, ready
@@ -47,12 +47,12 @@ class Door:
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
     def start(self) -> None:
-        """Watch from now on, on a thread."""
+        """Start watching, on a thread."""
         if TABLES[0].is_file():
             self._thread.start()
 
     def close(self) -> None:
-        """Whoever waits is let go, and so are connections that were passed on."""
+        """Close waiting and forwarded connections."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -63,12 +63,12 @@ class Door:
     async def _watch(self) -> None:
         while not self._over.is_set():
             if self._wanted() and not listeners(self._port):
-                with suppress(OSError):  # somebody was faster, or holds it alone
+                with suppress(OSError):  # another process was faster, or uses it exclusively
                     await self._hold()
             await asyncio.sleep(LOOK_S)
 
     async def _hold(self) -> None:
-        """Listen until another one does, then let in who has come."""
+        """Listen until another process does, then forward the waiting connections."""
         door, back = self._listen(), asyncio.Event()
         mine = os.fstat(door.fileno()).st_ino
 
@@ -108,7 +108,7 @@ class Door:
         other: asyncio.StreamWriter | None = None
         try:
             said = await _until(back, reader)
-            if said is None:  # what nobody waits for is not asked
+            if said is None:  # the client is gone: do not forward its request
                 return
             if not back.is_set():
                 writer.write(ABSENT)
@@ -124,7 +124,7 @@ class Door:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-        except OSError:  # the server is gone again: this client is told so, and asks once more
+        except OSError:  # the server is gone again: ask the client to retry
             pass
         finally:
             self._held[client] -= 1
@@ -153,7 +153,7 @@ class Door:
 
 
 async def _until(back: asyncio.Event, reader: asyncio.StreamReader) -> bytes | None:
-    """What a client says until the server is back, or its time is over; None if it has left."""
+    """The bytes a client sends until the server is back or a timeout; None if it has disconnected."""
     said = bytearray()
     hearing, waiting = asyncio.create_task(_hear(reader, said)), asyncio.create_task(back.wait())
     try:
@@ -165,7 +165,7 @@ async def _until(back: asyncio.Event, reader: asyncio.StreamReader) -> bytes | N
 
 
 async def _hear(reader: asyncio.StreamReader, said: bytearray) -> None:
-    """Return when the client has left. Of a long request the rest is left until it can be passed on."""
+    """Return when the client disconnects. The rest of a long request stays unread until it can be forwarded."""
     while len(said) < MOST_SAID:
         piece = await reader.read(PIECE)
         if not piece:
@@ -182,7 +182,7 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def listeners(port: int) -> set[int]:
-    """The sockets of this host that listen on a port, by their inodes."""
+    """The sockets of this host that listen on a port, by inode."""
     found = set()
     for table in TABLES:
         with suppress(OSError):

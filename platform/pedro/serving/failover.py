@@ -1,8 +1,8 @@
-"""How an answer survives what fails: a replica that dies, and an adapter version that cannot be served.
+"""Failover: of calls whose replica dies, and of adapter versions that cannot be served.
 
-A call whose replica dies is issued again (`Retries`). A name that means a version which cannot be loaded keeps meaning
-the last one that answered, as far as one ingress found out (`VersionFaults`); a version that a request asks for by
-number is never another. Names are resolved by the caller, `pedro.serving.backend`.
+A call whose replica dies is reissued (`Retries`). If a name resolves to a version that cannot be loaded, the last
+version that answered is used instead, as far as this ingress knows (`VersionFaults`); versions requested by number are
+never replaced. The caller, `pedro.serving.backend`, resolves names.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from pedro.serving.router import ReplicaSet
 
 ATTEMPTS = 3
-PROBE_S = 30.0  # how long a suspected adapter may keep others apart while its first token is awaited
+PROBE_S = 30.0  # how long a suspected adapter's first token may keep others waiting
 GRACE_S = 0.5
 TOO_LATE = "the request has reached its time limit; allow more or ask for fewer tokens"
-LOST = "the engine that answered was lost; try again"
+LOST = "the engine that was answering was lost; try again"
 SET_ASIDE_S = {"adapter_unusable": 60.0, "adapter_unavailable": 5.0, "adapter_quarantined": 600.0}
-"""The codes of errors that are a version's own, and how long each is taken as said before it is tried again."""
+"""Error codes caused by a version, and how long each is assumed to persist before another attempt."""
 MAX_KNOWN = 4096
 log = logging.getLogger("pedro.serving")
 
@@ -48,12 +48,13 @@ class Retries:
     async def generate(self, call: GenerateCall, ref: ModelRef | None, until: float) -> AsyncGenerator[Delta, None]:
         """The deltas of one version.
 
-        A call whose replica dies is issued again, from the token it had come to: the same version, conditioning and
-        seed, so the answer is the one it would have been. Several choices begin again, unless some were sent already.
+        A call whose replica dies is reissued from the last token received, with the same version, conditioning and
+        seed, so that the answer does not change. Calls with several choices start again, unless some output was sent
+        already.
 
-        One that was lost before its first token may be why, unless the replica was to leave or the loss is known to be
-        another's fault. It is issued again alone among its like, as are others of its version until one is answered, to
-        a replica that lived after the first was lost; if one is lost so again, the version is set aside.
+        A call that was lost before its first token may have caused the loss, unless the replica was stopping or the
+        loss has a known other cause. It is reissued without other suspects beside it, as are other calls of its version
+        until one is answered, to a replica that survived the first; if that is lost, too, the version is set aside.
         """
         sent: list[int] = []
         name = call.request_id
@@ -77,7 +78,7 @@ class Retries:
                         for last in batch:
                             sent += last.token_ids[last.prompt_tokens if call.echo else 0 :]
                             if call.echo and call.n == 1:
-                                call = replace(call, echo=False)  # sent now: not again
+                                call = replace(call, echo=False)  # already sent
                             yield last
                 return
             except ReplicaLost as error:
@@ -95,10 +96,10 @@ class Retries:
                 suspected = implicated or (suspected and last is None)
                 if implicated and ref is not None:
                     self._faults.suspect(ref)
-                call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still hold the first
+                call = replace(call, request_id=f"{name}~{attempt}")  # the replica may still have the first
 
     def _lost_to_no_other(self, ref: ModelRef | None) -> Callable[[ReplicaClient], bool]:
-        """Whether no other suspected version's call may take the replica down: none waits there for its first token."""
+        """Whether no call of another suspected version waits for its first token on the replica."""
 
         def suits(client: ReplicaClient) -> bool:
             return not any(map(self._faults.suspected, client.waiting(PROBE_S) - {ref}))
@@ -107,10 +108,10 @@ class Retries:
 
     @asynccontextmanager
     async def _alone(self, suspected: bool, ref: ModelRef | None, until: float) -> AsyncIterator[Callable[[], None]]:
-        """Keeps suspected calls apart, each version's until one has begun: else one would incriminate others.
+        """Runs suspected calls one at a time, until one of the version has begun: else one would incriminate others.
 
-        Of those that wait no other is tried once its adapter is set aside: each would take a replica down. After
-        `PROBE_S` the next is tried, whatever this one does: a slow adapter must not hold other tenants' calls.
+        Once an adapter is set aside, its waiting calls are not tried, since each would crash a replica. After `PROBE_S`
+        the next call is tried anyway: a slow adapter must not block other tenants' calls.
         """
         held = suspected
         if held:
@@ -141,7 +142,7 @@ class Retries:
 
 
 async def _in_time(batches: AsyncGenerator[list[Delta], None], until: float) -> AsyncIterator[list[Delta]]:
-    """The batches, as long as they come in time; the engine itself ends what it has begun a little earlier."""
+    """The batches, up to the deadline; the engine itself ends running calls slightly earlier."""
     while True:
         try:
             async with asyncio.timeout(until + GRACE_S - time.monotonic()):
@@ -167,7 +168,7 @@ class _Fault:
 
 
 class VersionFaults:
-    """On one event loop. A version is named with its digest."""
+    """For one event loop. Versions are named with their digest."""
 
     def __init__(self) -> None:
         self._faults: OrderedDict[ModelRef, _Fault] = OrderedDict()
@@ -176,19 +177,19 @@ class VersionFaults:
         self._lost_at: OrderedDict[ModelRef, float] = OrderedDict()
 
     def current(self, ref: ModelRef) -> PedroError | None:
-        """The error that `ref` ended in not long ago."""
+        """The recent error of `ref`."""
         fault = self._faults.get(ref)
         return fault.error if fault is not None and time.monotonic() < fault.until else None
 
     def add(self, ref: ModelRef, error: PedroError) -> None:
-        """`ref` cannot be served."""
+        """Note that `ref` cannot be served."""
         if ref not in self._faults:
             log.error("adapter %s cannot be served: %s", ref.without_digest, error.message)
         self._faults[ref] = _Fault(error, time.monotonic() + SET_ASIDE_S[str(error.code)])
         _bound(self._faults)
 
     def served(self, model: str, version: Version, ref: ModelRef) -> None:
-        """`ref`, which is `version`, answered as what `model` means."""
+        """Note that `ref`, which is `version`, answered for `model`."""
         self._faults.pop(ref, None)
         self._served_at[ref] = time.monotonic()
         _bound(self._served_at)
@@ -197,25 +198,25 @@ class VersionFaults:
             _bound(self._good)
 
     def suspect(self, ref: ModelRef) -> None:
-        """A replica was lost before a request of `ref` had its first token; that may be why."""
+        """Suspect `ref`: a replica was lost before a request of it had its first token."""
         self._lost_at[ref] = time.monotonic()
         _bound(self._lost_at)
 
     def suspected(self, ref: ModelRef) -> bool:
-        """Whether no request of `ref` was answered since it was suspected."""
+        """Whether `ref` is suspected and no request of it was answered since."""
         return ref in self._lost_at and self._served_at.get(ref, 0.0) <= self._lost_at[ref]
 
     def last_good(self, model: str) -> Version | None:
-        """The version that answered last as what `model` means."""
+        """The version that last answered for `model`."""
         return self._good.get(model)
 
     def reason(self, ref: ModelRef) -> str | None:
-        """Why `ref` cannot be served, for operators; None for one that answered since, or was never asked."""
+        """Why `ref` cannot be served, for operators; None if it has answered since, or was never tried."""
         fault = self._faults.get(ref)
         return None if fault is None else fault.error.message
 
     def quarantine(self, ref: ModelRef) -> None:
-        """A request of `ref` took two replicas down, one after the other, before its first token."""
+        """Set `ref` aside: a request of it crashed two replicas, one after the other, before its first token."""
         named = ref.without_digest
         self.add(
             ref,
@@ -229,7 +230,7 @@ class VersionFaults:
     def metrics(self) -> str:
         """Prometheus text."""
         name = "pedro_adapter_versions_set_aside"
-        help_text = "Adapter versions that could not be served when this gateway asked last."
+        help_text = "Adapter versions that could not be served when this gateway last tried."
         return f"# HELP {name} {help_text}\n# TYPE {name} gauge\n{name} {len(self._faults)}\n"
 
 

@@ -1,7 +1,7 @@
-"""Makes a replica drop adapter versions that were deleted: in memory, and in this host's cache.
+"""Makes a replica drop deleted adapter versions: from memory, and from this host's cache.
 
-Follows the store's change feed. A request that holds such a version keeps it in memory to its end. Where the feed
-cannot tell what changed, as after a tenant was erased, what was kept of prompts goes, too: a name may be another's now.
+Follows the store's change feed. A request that uses such a version keeps it in memory until it ends. If the feed cannot
+say what changed, for instance after a tenant was erased, cached prompts are dropped, too: names may have new owners.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pedro.store import Position, Store
 
 LOOK_EVERY_S = 5.0
-DISK_EVERY_S = 30.0  # the cache is compared with the store at most so often
+DISK_EVERY_S = 30.0  # minimum interval between comparisons of the cache with the store
 log = logging.getLogger("pedro.serving")
 
 
 class GoneVersions:
-    """Looks on a thread of its own until `close`. `residents` names what is in memory, `evict` takes one out;
-    `forget_prompts` drops what was kept of anybody's."""
+    """Runs on a thread until `close`. `residents` lists what is in memory, `evict` removes one; `forget_prompts` drops
+    all cached prompts."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class GoneVersions:
             try:
                 self.look()
             except Exception:
-                log.debug("what was deleted cannot be known now; asked again", exc_info=True)
+                log.debug("deleted versions are unknown now; retrying", exc_info=True)
 
     def look(self) -> None:
-        """Let go of what was deleted since the last look. Raises UnavailableError."""
+        """Drop versions deleted since the last call. Raises UnavailableError."""
         store = self._registry.store
         here = store.position()
         if here != self._seen:
@@ -76,9 +76,9 @@ class GoneVersions:
             self._disk_due, self._disk_at = False, time.monotonic() + DISK_EVERY_S
 
     def sweep_cache(self) -> None:
-        """Remove this host's copies of versions that are gone. Raises UnavailableError."""
+        """Remove this host's copies of deleted versions. Raises UnavailableError."""
         folder = self._registry.adapter_cache
-        try:  # listed first: a copy is made only of a version that the store has
+        try:  # listed first: copies are only made of versions in the store
             cached = [name for name in os.listdir(folder) if not name.startswith(".")]
         except OSError:
             return
@@ -89,7 +89,7 @@ class GoneVersions:
                 remove(str(folder / name))
 
     def _evict_of(self, store: Store, names: Collection[str] | None) -> None:
-        """Take versions of these adapters, or of all, out of memory where they are gone."""
+        """Remove deleted versions of these adapters, or of all, from memory."""
         for resident in self._residents():
             ref = ModelRef.parse(resident)
             if (names is None or ref.name in names) and not _is_there(store, ref):

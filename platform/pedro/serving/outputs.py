@@ -1,7 +1,7 @@
-"""A replica's outputs on their way to one ingress: as the gateway's deltas, those of all its calls over one stream.
+"""Sends a replica's outputs to one ingress: as the gateway's deltas, those of all its calls over one stream.
 
-The engine's thread hands over once a step and wakes the event loop only for what must leave at once: the first
-tokens of a call and its last. All else waits for the end of the slice of time.
+The engine's thread delivers outputs once per step and wakes the event loop only for what must be sent at once: a call's
+first and last tokens. Everything else waits for the end of the time slice.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from pedro.model_protocols import Tokenizer
     from pedro.serving.tokens import TokenTexts
 
-TURNS = 4  # every part costs an item of the stream
+TURNS = 4  # every group costs one item of the stream
 ENGINE_FAILED = "the engine failed on this request; try again"
 log = logging.getLogger("pedro.serving")
 
 
 @dataclass
 class _Open:
-    """A call that is not finished: how its outputs become deltas, and those that wait for the end of the slice."""
+    """An unfinished call: how its outputs become deltas, and those waiting for the end of the slice."""
 
     number: int
     deltas: DeltaBuilder
@@ -49,10 +49,10 @@ class _Open:
     opened: bool = False
     pending: list[Output] = field(default_factory=list)
     failed: PedroError | ReplicaLost | None = None
-    spent: Spent = field(default_factory=Spent)  # by the choices that ended
+    spent: Spent = field(default_factory=Spent)  # by finished choices
 
     def end_choice(self, output: Output) -> None:
-        """The last output of a choice."""
+        """Add the last output of a choice."""
         self.unfinished -= 1
         self.spent = Spent(
             max(self.spent.prompt_tokens, output.prompt_tokens),
@@ -62,9 +62,9 @@ class _Open:
 
 
 class OutputStream:
-    """Belongs to the event loop that made it; `take` alone is called from the engine's thread.
+    """Belongs to the event loop that created it; only `take` is called from the engine's thread.
 
-    `count` says how many calls of all streams are unfinished; `end` ends a request of the engine by its id.
+    `count` returns the number of unfinished calls of all streams; `end` ends a request of the engine by its id.
     """
 
     def __init__(self, count: Callable[[], int], end: Callable[[str], None]) -> None:
@@ -73,37 +73,37 @@ class OutputStream:
         self._end = end
         self._calls: dict[str, _Open] = {}  # by the engine's request id
         self._ids: dict[int, str] = {}
-        self._ending: dict[str, _Open] = {}  # by request id: of those, what they used is still to be told
+        self._ending: dict[str, _Open] = {}  # by request id: ended calls whose usage is pending
         self._admitting: dict[int, asyncio.Task[None]] = {}
         self._refused: list[tuple[int, OutputPart]] = []
         self._numbers = itertools.count()  # of the batches
         self._arrived: deque[Output] = deque()
-        self._urgent: set[str] = set()  # ids whose next output must not wait
+        self._urgent: set[str] = set()  # ids whose next output must be sent at once
         self._wake = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._calls) + len(self._admitting)
 
     def admit(self, number: int, work: asyncio.Task[None]) -> None:
-        """Call `number` is being admitted by `work`, which ends in `open` or `refuse`."""
+        """`work` admits call `number` and ends in `open` or `refuse`."""
         self._admitting[number] = work
         work.add_done_callback(lambda _: self._admitting.pop(number, None))
 
     def open(self, number: int, request_id: str, choices: int, deltas: DeltaBuilder) -> None:
-        """The engine is about to take call `number`, which counts as admitted from now on."""
+        """Call `number` is being passed to the engine and counts as admitted."""
         self._admitting.pop(number, None)
         self._calls[request_id] = _Open(number, deltas, choices)
         self._ids[number] = request_id
         self._urgent.add(request_id)
 
     def refuse(self, number: int, error: PedroError) -> None:
-        """Call `number` ends before the engine took it."""
+        """Call `number` ends before reaching the engine."""
         self._forget(number)
         self._refused += [(number, error), (number, Spent())]
         self._wake.set()
 
     def cancel(self, number: int) -> None:
-        """End call `number`, wherever it is; nothing more of it is sent than what it used."""
+        """End call `number` in any state; only its usage is still sent."""
         admitting, request_id = self._admitting.get(number), self._ids.get(number)
         if admitting is not None:
             admitting.cancel()
@@ -115,19 +115,19 @@ class OutputStream:
             self._end(request_id)
 
     def close(self) -> None:
-        """End every call: nobody reads any more."""
+        """End every call: the reader is gone."""
         for number in [*self._admitting, *self._ids]:
             self.cancel(number)
 
     def take(self, outputs: list[Output]) -> None:
-        """Called on the engine's thread, once a step, with outputs of this stream's calls."""
+        """Called on the engine's thread, once per step, with outputs of this stream's calls."""
         self._arrived.extend(outputs)
         if any(output.finish_reason is not None or output.request_id in self._urgent for output in outputs):
-            with suppress(RuntimeError):  # the loop closed: nobody reads any more
+            with suppress(RuntimeError):  # the loop is closed: no reader is left
                 self._loop.call_soon_threadsafe(self._wake.set)
 
     async def batches(self) -> AsyncGenerator[OutputBatch, None]:
-        """What leaves. The first batch is empty: from then on calls may be submitted."""
+        """The batches to send. The first is empty and means that calls may be submitted."""
         yield self._batch([])
         sent = ticked = self._loop.time()
         while True:
@@ -146,9 +146,9 @@ class OutputStream:
                 yield self._batch(parts)
 
     def _collect(self, tick: bool) -> list[tuple[int, OutputPart]]:
-        """What leaves now: first and last outputs at once, all else at the end of the call's slice of time.
+        """What to send now: first and last outputs at once, others at the end of the call's time slice.
 
-        Where there are many calls their slices end in turns, so that a first token never stands behind them all.
+        With many calls the slices end in turns, so that a first token never queues behind all of them.
         """
         parts, self._refused = self._refused, []
         due: dict[str, _Open] = {}
@@ -166,7 +166,7 @@ class OutputStream:
                 due[output.request_id] = held
         if tick:
             for request_id in list(self._calls)[: -(-len(self._calls) // self._turns)]:
-                held = self._calls[request_id] = self._calls.pop(request_id)  # the last of the next turns
+                held = self._calls[request_id] = self._calls.pop(request_id)  # at the end of the next turns
                 if held.pending:
                     due[request_id] = held
         for request_id, held in due.items():
@@ -178,9 +178,9 @@ class OutputStream:
                 try:
                     parts.append((held.number, held.deltas(made)))
                 except ReplicaLost as error:
-                    log.error("outputs of request %s were lost on their way: %s", request_id, error)
+                    log.error("outputs of request %s were lost in transit: %s", request_id, error)
                     held.failed = held.failed or error
-                except Exception:  # whatever it is, it ends this call and not the stream of all
+                except Exception:  # any error ends this call, not the whole stream
                     log.exception("the outputs of request %s could not be written", request_id)
                     held.failed = held.failed or UnavailableError(ENGINE_FAILED, code="engine_error")
             if held.failed is not None:
@@ -192,7 +192,7 @@ class OutputStream:
         return parts
 
     def _spent(self, request_id: str, output: Output | None = None) -> list[tuple[int, OutputPart]]:
-        """The last part of a call that was ended, once all of its choices are; `output` is one of those."""
+        """The last part of an ended call, once all its choices have finished; `output` is one of these."""
         held = self._ending.get(request_id)
         if held is None:
             return []
@@ -205,7 +205,7 @@ class OutputStream:
 
     @property
     def _turns(self) -> int:
-        """In how many parts the calls' slices end."""
+        """The number of groups in which slices end."""
         return max(1, min(TURNS, int(slice_s(len(self)) / SLICE_S)))
 
     def _batch(self, parts: list[tuple[int, OutputPart]]) -> OutputBatch:
@@ -220,15 +220,15 @@ class OutputStream:
 
 
 def _error_of(output: Output) -> PedroError | None:
-    """Why its answer is none. Calls that end early are forgotten first: one cancelled here is the engine's fault."""
+    """The error of an answer. Calls ended early are removed first, so one cancelled here is the engine's fault."""
     failed = output.finish_reason == "cancelled"
     return UnavailableError(ENGINE_FAILED, code="engine_error") if failed else output.error
 
 
 class DeltaBuilder:
-    """Makes the deltas of one call. With echo, the prompt stands in front of each choice's first.
+    """Builds the deltas of one call. With echo, each choice's first delta begins with the prompt.
 
-    Raises ReplicaLost where an output is missing, doubled or out of order.
+    Raises ReplicaLost if an output is missing, duplicated or out of order.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class DeltaBuilder:
             self._text = tokenizer.decode(request.prompt_ids, skip_special_tokens=True)
 
     def __call__(self, outputs: Iterable[Output]) -> list[Delta]:
-        """One delta a choice for all its outputs, in the order of their first ones."""
+        """One delta per choice with all its outputs, in the order of their first ones."""
         choices: dict[int, list[Output]] = {}
         for output in outputs:
             before = len(self._request.resumed_ids)
@@ -277,7 +277,7 @@ class DeltaBuilder:
         return delta
 
     def _echoed(self, delta: Delta, first: Output) -> Delta:
-        """The delta with the prompt's text, ids and logprobs before it."""
+        """The delta preceded by the prompt's text, ids and logprobs."""
         ids = self._request.prompt_ids
         logprobs = delta.logprobs
         if self._logprobs and first.prompt_logprobs is not None:

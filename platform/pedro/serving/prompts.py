@@ -1,9 +1,8 @@
-"""Prompts as token ids: messages rendered by their adapter's own format, texts encoded as in training.
+"""Prompts as token ids: messages rendered in their adapter's format, texts encoded as in training.
 
-One tenant's template delays nobody else. The packaged templates and the backbone's own are the operator's and run in
-this process; any other was written by a stranger and runs in a worker with bounds. A tenant has one prompt there at a
-time, so none waits behind a flood of another's; and a template that went beyond its bounds is refused unseen for a
-while.
+One tenant's template delays no other tenant. Packaged templates and the backbone's own are trusted and run in this
+process; all others run in a worker with limits. A tenant has one prompt there at a time, so none waits behind another's
+flood; a template that exceeded its limits is refused for a while without running it.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
     from pedro.refs import ModelRef
 
 CACHED_FORMATS = 4096
-LONG_TEXT = 8192  # characters; tokenising more takes long enough to hold up the streams of others
-SHRINKAGE = 4  # how much shorter a tokenizer's normalisation could make a text
-LONG_CHARS, LONG_MESSAGES = 8192, 64  # what takes long enough in this process to hold up the streams of others
+LONG_TEXT = 8192  # characters; tokenising more would delay other streams
+SHRINKAGE = 4  # by which a tokenizer's normalisation could shorten a text
+LONG_CHARS, LONG_MESSAGES = 8192, 64  # more would delay other streams of this process
 FROM_PROMPT, EVERYTHING = "PEDRO", "prompt"  # an adapter's `peft_type` and `apply_to` (`methods/pedro/config.py`)
 FIRST_REFUSAL_S, LAST_REFUSAL_S = 30.0, 3600.0
 MAX_REFUSALS = 4096
@@ -49,15 +48,15 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Of what one place does for calls, in the order of asking: a tenant's wait for one another, never in front of
-    another tenant's. On one event loop."""
+    """Takes calls in order of arrival: a tenant's calls wait for one another, but never block another tenant's. For one
+    event loop."""
 
     def __init__(self) -> None:
         self._tenants: dict[str, _Queue] = {}
 
     @asynccontextmanager
     async def of(self, tenant: str) -> AsyncIterator[None]:
-        """While inside, no other call of the tenant is."""
+        """At most one call per tenant is inside."""
         queue = self._tenants.setdefault(tenant, _Queue())
         queue.waiting += 1
         try:
@@ -69,9 +68,9 @@ class Turns:
                 del self._tenants[tenant]
 
     async def next(self, tenant: str) -> None:
-        """Returns when the call may go on: one of each tenant in a pass of the event loop, which sees who came since.
+        """Returns when the call may continue: one per tenant in each pass of the event loop, which admits new arrivals.
 
-        What it waits for afterwards holds up none of its tenant's other calls.
+        Later waits of the call do not block its tenant's other calls.
         """
         async with self.of(tenant):
             await asyncio.sleep(0)
@@ -84,7 +83,8 @@ class _Queue:
 
 
 class PromptProcessor:
-    """Of one replica, on its event loop. `fetch` gives the directory of an adapter version; it may block."""
+    """The prompts of one replica, on its event loop. `fetch` returns the directory of an adapter version; it may
+    block."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, fetch: Callable[[str], Path]) -> None:
         self._tokenizer = tokenizer
@@ -101,7 +101,7 @@ class PromptProcessor:
     async def message_ids(
         self, messages: Messages, ref: ModelRef | None, tenant: str = "", tools: Messages = ()
     ) -> list[int]:
-        """Of messages as `ref` (None: the bare backbone) was trained to read them; `tenant` is the one who asks."""
+        """The ids of messages in the format of `ref` (None: the bare backbone); `tenant` is the caller."""
         return (await self.conditioned(messages, ref, tenant, tools))[0]
 
     async def conditioned(
@@ -112,8 +112,8 @@ class PromptProcessor:
         tools: Messages = (),
         conditioning: str | None = None,
     ) -> tuple[list[int], int | None]:
-        """`message_ids`, and from how many of them the vectors are to come, where `conditioning` asks for what the
-        adapter does not by itself (else None). Raises DataError for what cannot be."""
+        """`message_ids`, and how many of them condition the vectors, if `conditioning` differs from the adapter's
+        default (else None). Raises DataError if that is impossible."""
         if ref is None:
             return await self._written(self._plain_format, messages, None, tenant, tools), None
         adapter = await self._adapter(ref)
@@ -121,25 +121,25 @@ class PromptProcessor:
         if conditioning is not None and adapter.scales is not None:
             form, told = await self._asked_form(adapter, ref, conditioning, tenant)
         ids = await self._written(form, messages, ref, tenant, tools)
-        if not form.head_end or len(ids) > self._max_length:  # the engine refuses what is longer; of it nothing is kept
+        if not form.head_end or len(ids) > self._max_length:  # longer ones are refused by the engine and not cached
             return ids, None
         head = await self._head(form, messages, ref, tenant, tools)
         check_head(form, head, ids)
         return ids, len(head) if told else None
 
     async def template(self, ref: ModelRef | None) -> str:
-        """The template of chats with `ref`."""
+        """The chat template of `ref`."""
         return (self._plain_format if ref is None else (await self._adapter(ref)).form).template
 
     async def text_ids(
         self, text: str, ref: ModelRef | None, add_special_tokens: bool = True, tenant: str = ""
     ) -> list[int]:
-        """Of a text as in the training of `ref`; without `add_special_tokens`, of the text alone."""
+        """The ids of a text as in the training of `ref`; without `add_special_tokens`, of the text only."""
         prompt = await self._raw(text, ref) if add_special_tokens else text
         return await self._encode(prompt, "prompt", tenant, add_special_tokens)
 
     def close(self) -> None:
-        """End the worker that renders."""
+        """End the rendering worker."""
         self._renderer.close()
 
     async def _written(
@@ -150,8 +150,8 @@ class PromptProcessor:
     async def _head(
         self, form: PromptFormat, messages: Messages, ref: ModelRef, tenant: str, tools: Messages
     ) -> list[int]:
-        """What their system turn is in any prompt of the adapter's, which it is conditioned on. Those used last are
-        kept: a conversation has the same one in all of its turns."""
+        """The ids of their system turn, which conditions the adapter, as in any of its prompts. Recent ones are cached:
+        all turns of a conversation share one."""
         alone = asked(messages)
         key = ref, hashlib.sha256(json.dumps([messages[0], tools]).encode()).hexdigest()
         head = self._heads.pop(key, None)
@@ -163,17 +163,17 @@ class PromptProcessor:
         return head
 
     async def _raw(self, text: str, ref: ModelRef | None) -> str:
-        """A rendered prompt: what it spells is text or special tokens, as in the training of `ref`."""
+        """Encode a rendered prompt, with or without parsing special tokens, as in the training of `ref`."""
         self._check_size(text, "prompt")
         if ref is None or not special_tokens(self._tokenizer).cuts(text):
             return text
         try:
             return (await self._adapter(ref)).form.raw_prompt(text, self._tokenizer)
-        except DataError:  # an adapter without a format: its prompts are all its callers' own
+        except DataError:  # an adapter without a format: prompts are plain text
             return text
 
     async def _encode(self, text: str, param: str, tenant: str, add_special_tokens: bool = True) -> list[int]:
-        """The prompt's ids. A long text is tokenised on a thread, one of each tenant at a time."""
+        """The prompt's ids. Long texts are tokenised on a thread, one per tenant at a time."""
         self._check_size(text, param)
 
         def encode() -> list[int]:
@@ -201,19 +201,19 @@ class PromptProcessor:
     async def _asked_form(
         self, adapter: _Adapter, ref: ModelRef, conditioning: str, tenant: str
     ) -> tuple[PromptFormat, bool]:
-        """The format, with what ends its system turns if one is to condition, and whether the request alone says so."""
+        """The format, with the end of its system turns if one conditions, and whether only the request says so."""
         form = adapter.form
         if form.head_end and conditioning != SYSTEM:
             raise DataError(
-                f"conditioning: the adapter was trained on its system turn alone; send {SYSTEM!r}, or leave it out",
+                f"conditioning: the adapter was conditioned on its system turn; send {SYSTEM!r}, or leave it out",
                 param="conditioning",
             )
         if form.head_end or conditioning != SYSTEM:
             return form, False
         if adapter.scales != EVERYTHING:
             raise DataError(
-                "conditioning: the adapter acts on answers alone (apply_to: answer), whose place follows from what "
-                "conditions it; leave it out",
+                "conditioning: the adapter only acts on answers (apply_to: answer), which fixes what conditions it; "
+                "leave it out",
                 param="conditioning",
             )
         if adapter.headed is None:
@@ -225,8 +225,8 @@ class PromptProcessor:
                 adapter.headed = form
         if not adapter.headed.head_end:
             raise DataError(
-                f"conditioning: the adapter's prompt format, {form.id}, writes no system turn that could condition "
-                "it; leave it out",
+                f"conditioning: the adapter's prompt format, {form.id}, has no system turn that could condition it; "
+                "leave it out",
                 param="conditioning",
             )
         return adapter.headed, True
@@ -256,7 +256,7 @@ class PromptProcessor:
 
 
 def _scales(directory: Path) -> str | None:
-    """What an adapter that makes its vectors from the prompt acts on (`apply_to`); None for any other."""
+    """`apply_to` of an adapter that generates vectors from the prompt; None for any other."""
     try:
         config = json.loads((directory / CONFIG).read_bytes())
     except FileNotFoundError:  # a whole model
@@ -266,33 +266,34 @@ def _scales(directory: Path) -> str | None:
 
 @dataclass
 class _Adapter:
-    """What is known of a version here."""
+    """Cached data of a version."""
 
     form: PromptFormat
     scales: str | None
     headed: PromptFormat | None = None
-    """The format with what ends its system turns, once a request asked for that; as it is if nothing does."""
+    """The format with the end of its system turns, once a request needed it; unchanged if there is none."""
 
 
 class TemplateRenderer:
-    """Of one replica, on its event loop. `trusted` are templates beside the packaged ones."""
+    """The templates of one replica, on its event loop. `trusted`: templates besides the packaged ones."""
 
     def __init__(self, tokenizer: Tokenizer, trusted: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         self._trusted = {*trusted, *(form.template for form in FORMATS.values())}
         self._worker = TemplateWorker()
-        self._free = asyncio.Lock()  # in the order of asking
-        self._turns = Turns()  # of whose adapter it is
-        self._asking = Turns()  # of who asks
+        self._free = asyncio.Lock()  # first come, first served
+        self._turns = Turns()  # by owner of the adapter
+        self._asking = Turns()  # by caller
         self._refusals: OrderedDict[ModelRef, _Refusal] = OrderedDict()
 
     async def prompt(
         self, form: PromptFormat, messages: Messages, ref: ModelRef | None, tools: Messages = (), tenant: str = ""
     ) -> Prompt:
-        """The prompt of an adapter version (None: of the backbone). `tenant` asks, and has one at a time on a thread.
+        """The prompt of an adapter version (None: of the backbone). `tenant`, the caller, has one at a time on a
+        thread.
 
-        Raises DataError, also where the template leaves out tools, calls or results; TemplateBoundsError where it does
-        too much.
+        Raises DataError, also if the template omits tools, calls or results; TemplateBoundsError if it exceeds its
+        limits.
         """
         if form.template not in self._trusted:
             assert ref is not None, "the backbone's own template is trusted"
@@ -304,7 +305,7 @@ class TemplateRenderer:
             return await to_its_end(self._prompt, form, messages, tools, templates.render)
 
     async def headed(self, form: PromptFormat, ref: ModelRef, tenant: str) -> PromptFormat:
-        """The format with what ends its system turns; some are rendered for it. Raises DataError as `prompt` does."""
+        """The format with the end of its system turns, found by rendering some. Raises DataError as `prompt` does."""
         if form.template not in self._trusted:
             end = await self._bounded(ref, partial(find_head_end, form, self._tokenizer))
         else:
@@ -342,14 +343,14 @@ class TemplateRenderer:
 
 
 def _plain(messages: Messages) -> bool:
-    """Whether they are roles and texts alone."""
+    """Whether they only have roles and texts."""
     return all(len(message) == 2 for message in messages)
 
 
 async def to_its_end(function: Callable[..., T], *arguments: Any) -> T:
-    """What `function` returns on a thread. A caller that is cancelled leaves once it ended, with what it raised.
+    """The result of `function`, run on a thread. A cancelled caller leaves only after it has ended.
 
-    Else whoever asks and leaves, again and again, would hold every thread of the process.
+    Otherwise clients that repeatedly send requests and disconnect could occupy every thread of the process.
     """
     work = asyncio.create_task(asyncio.to_thread(function, *arguments))
     try:

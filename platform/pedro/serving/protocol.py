@@ -1,8 +1,8 @@
-"""What crosses between an ingress and an engine replica, and how often. How it is carried is the connection's own.
+"""The messages between an ingress and an engine replica, and their timing. Transport is up to the connection.
 
-One stream a pair carries the outputs of all requests of that ingress on that replica in batches, one for each slice of
-time: an item costs each side one to two milliseconds however much it holds, so a token, or a request, must not be one
-of its own. What is no part of generation crosses as a `ControlRequest`, which names the type of its answer.
+One stream per pair carries the outputs of all requests of that ingress on that replica in batches, one per time slice:
+an item costs each side one to two milliseconds whatever its size, so tokens and requests must not be separate items.
+Everything but generation is a `ControlRequest`, which declares the type of its answer.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pedro.gateway.backend import AdapterResidence, Delta, GenerateCall, Tokeniz
 if TYPE_CHECKING:
     from pedro.refs import ModelRef
 
-SLICE_S = 0.03  # a slice of a few calls
-EVENT_S = 0.004  # what one call's share of a slice costs ingress, proxy and client: with more calls, longer slices
+SLICE_S = 0.03  # the slice with few calls
+EVENT_S = 0.004  # cost per call and slice for ingress, proxy and client: more calls, longer slices
 LONGEST_SLICE_S = 0.25
-HEARTBEAT_S = 1.0  # an idle stream tells that it lives, and how loaded its replica is
-SILENCE_S = 30.0  # no item for so long: the stream is broken, whatever the transport believes
+HEARTBEAT_S = 1.0  # an idle stream sends its replica's load
+SILENCE_S = 30.0  # without an item for this long the stream counts as broken
 
 T = TypeVar("T")
 Prompt = str | tuple[Mapping[str, str], ...]
 
 
 class ReplicaLost(Exception):
-    """The replica, or the way to it, is gone; what it had not sent is to be asked of another.
+    """The replica, or the connection to it, is gone; another must continue its calls.
 
-    `blameless`: whatever ran there is known not to be why.
+    `blameless`: calls running there are known not to be the cause.
     """
 
     def __init__(self, message: str, blameless: bool = False) -> None:
@@ -40,16 +40,16 @@ class ReplicaLost(Exception):
 
 
 class TokenCounts:
-    """Counts the tokens of each choice of one call, so that nothing lost, doubled or out of order passes for text."""
+    """Counts the tokens of each choice of one call, to detect lost, duplicated or reordered output."""
 
     def __init__(self) -> None:
         self._made: dict[int, int] = {}
 
     def add(self, choice: int, tokens: int, total: int, before: int) -> None:
-        """`tokens` more came, which should make it `total`; a choice begins with `before`. Raises ReplicaLost."""
+        """Add `tokens`, which must give `total`; a choice starts at `before`. Raises ReplicaLost."""
         made = self._made.get(choice, before) + tokens
         if made != total:
-            raise ReplicaLost(f"choice {choice} has {made} tokens where {total} were made", blameless=True)
+            raise ReplicaLost(f"choice {choice} has {made} of {total} tokens", blameless=True)
         self._made[choice] = made
 
     @property
@@ -60,7 +60,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a call used on a replica, by its engine's count: the last part of a call that was not answered whole."""
+    """A call's usage as counted by the engine: the last part of a call that was not completed."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -68,16 +68,16 @@ class Spent:
 
 
 OutputPart = list[Delta] | PedroError | ReplicaLost | Spent
-"""The deltas of one call, the error that ends it, or what it used: that follows the error, or its cancellation."""
+"""The deltas of one call, the error that ends it, or its usage, which follows an error or cancellation."""
 
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """A call on its way to a replica. `number` is the ingress's own name for it on this stream.
+    """A call to a replica. `number` is the ingress's id for it on this stream.
 
-    `ref` is the adapter version (None: the bare backbone); `resumed` are answer tokens that the client has already.
-    `backbone` is the digest of the one that the ingress knows, empty where it does not say; `trace` the span that this
-    is a part of, empty where none is made.
+    `ref` is the adapter version (None: the bare backbone); `resumed` are answer tokens that the client already has.
+    `backbone` is the digest of the ingress's backbone, empty if not given; `trace` is the parent span, empty if there
+    is none.
     """
 
     number: int
@@ -90,7 +90,7 @@ class SubmitRequest:
 
 @dataclass(frozen=True)
 class OutputBatch:
-    """What some calls gained, by their numbers. `number` is the batch's own place in its stream, from 0.
+    """New output of some calls, by their numbers. `number` is the batch's position in its stream, from 0.
 
     `load` counts the unfinished calls of the replica, `mine` those of this stream.
     """
@@ -102,7 +102,7 @@ class OutputBatch:
 
 
 class ReplicaControl(Protocol):
-    """What a replica answers beside generation. `ref` None is the bare backbone."""
+    """Operations of a replica other than generation. `ref` None is the bare backbone."""
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool, ref: ModelRef | None) -> TokenizeResult: ...
 
@@ -122,7 +122,7 @@ class ReplicaControl(Protocol):
 
 
 class ControlRequest(ABC, Generic[T]):
-    """Something asked of a replica beside generation; T is its answer."""
+    """A request to a replica other than generation; T is its answer."""
 
     @abstractmethod
     async def perform(self, replica: ReplicaControl) -> T:
@@ -191,24 +191,24 @@ class ReadMetrics(ControlRequest[str]):
 
 
 class ReplicaConnection(Protocol):
-    """One engine replica, as an ingress reaches it. Any method raises `ReplicaLost` once it is gone."""
+    """An ingress's connection to one engine replica. Any method raises `ReplicaLost` once it is gone."""
 
     def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
-        """The outputs of what is submitted under `stream_id`, from now on. Ends with its consumer, and its calls too.
+        """The outputs of calls submitted under `stream_id`. When its consumer ends, so do its calls.
 
-        Its first item is empty: from then on requests may be submitted.
+        Its first item is empty: then requests may be submitted.
         """
         ...
 
     async def submit(self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int]) -> None:
-        """Start calls and end others, in this order. Raises a blameless `ReplicaLost` where none was started."""
+        """Start and then end calls. Raises a blameless `ReplicaLost` if none was started."""
         ...
 
     async def ask(self, request: ControlRequest[T]) -> T:
-        """The replica's answer; not for the path of a generation."""
+        """The replica's answer; not used for generation."""
         ...
 
 
 def slice_s(num_calls: int) -> float:
-    """How long a slice lasts while `num_calls` calls share the stream."""
+    """The length of a slice while `num_calls` calls share the stream."""
     return min(max(SLICE_S, EVENT_S * num_calls), LONGEST_SLICE_S)

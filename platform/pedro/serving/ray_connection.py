@@ -1,9 +1,9 @@
-"""Reaches one engine replica by its id through Ray Serve.
+"""Connects to one engine replica by its id through Ray Serve.
 
-Serve's own routers choose a replica for each request: at random among two, by session (consistent hashing, without
-regard to load) or by the models a replica reports to have (multiplexing: known late, and a hot model stays where it
-is). Here the ingress chooses, since it alone knows the load of each stream, and a stream belongs to one replica; so
-this router does as it is told, and publishes which replicas there are.
+Serve's own routers choose a replica for each request: the better of two random ones, by session (consistent hashing
+that ignores load) or by the models that a replica reports (multiplexing: delayed, and a hot model never spreads). Here
+the ingress chooses, since only it knows the load of each stream, and a stream belongs to one replica; so this router
+follows the given id, and publishes which replicas exist.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 class AddressedRouter(RequestRouter):
-    """Sends a request to the replica that its argument `to` names; one without goes to any.
+    """Sends a request to the replica in its argument `to`, or to any replica without it.
 
-    A replica refuses what names another (`EngineReplica`), so a request for one that is gone ends at once, rather
-    than wait for a replica that never comes back.
+    Replicas refuse requests for others (`EngineReplica`), so a request for one that is gone fails at once instead of
+    waiting for it forever.
     """
 
     async def choose_replicas(
@@ -45,7 +45,7 @@ class AddressedRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve whenever the deployment's replicas change, on its router's thread."""
         super().update_replicas(replicas)
-        from pedro.serving.discovery import DISCOVERY  # Serve ships this class by value: a global here would be a copy
+        from pedro.serving.discovery import DISCOVERY  # Serve pickles this class by value: a global would be a copy
 
         DISCOVERY.publish(frozenset(replica.replica_id.unique_id for replica in replicas))
 
@@ -78,8 +78,8 @@ class RayReplicaConnection:
         return answer
 
     async def _call(self, method: DeploymentHandle[Any], *arguments: Any) -> Any:
-        # Serve tells calls apart by the HTTP request that they are part of: one request's calls to several replicas
-        # would be mistaken for one another, hence a context of their own.
+        # Serve identifies calls by the HTTP request they belong to: calls of one request to several replicas would be
+        # confused, so each gets a new context.
         return await asyncio.create_task(self._answer(method, arguments), context=contextvars.Context())
 
     async def _answer(self, method: DeploymentHandle[Any], arguments: tuple[Any, ...]) -> Any:
@@ -92,7 +92,7 @@ class RayReplicaConnection:
 
 
 def _checked(answer: Any) -> Any:
-    """Errors come as values: raised over there they would come wrapped, and logged as faults of the replica."""
+    """Errors are returned as values: raised in the replica, they would be wrapped, and logged as its failures."""
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -1,12 +1,11 @@
-"""Resolves a model's name to the adapter version that it means now.
+"""Resolves a model's name to an adapter version.
 
-What names mean is followed in the store every `interval_s`, at once where it notifies; a name is resolved to one
-immutable version when a request is admitted, so a request never sees two versions. A name deleted and made again is
-another name.
+Names are kept in sync with the store every `interval_s`, or at once if it notifies. A name is resolved to one immutable
+version when a request is admitted, so a request never sees two versions. A name that was deleted and created again
+counts as a new one.
 
-What one server knows of adapters (`AdapterCatalog`) is looked up when first asked for, then kept up to date by the
-store's change feed. It is bounded in memory. A name that is not there is remembered as such until something of that
-name changes. While the store is away, what is known stays in force.
+One server's cache of adapters (`AdapterCatalog`) is filled on demand and kept current by the store's change feed. Its
+memory is bounded. Unknown names are cached as such until they change. While the store is away, cached data stay valid.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from pedro.registry import CHAMPION, Registry, Version
 from pedro.store import ADAPTER, KnownAdapter, Position, Store
 
 STALE_AFTER_S = 10.0
-MAX_KNOWN = 50_000  # adapters, each with the versions that its aliases name
-MAX_MISSING = 20_000  # names, and as many versions
-MAX_NUMBERED = 64  # versions of one adapter that were asked for by number
-MAX_TOGETHER = 400  # names that are looked up in one question; those asked for meanwhile are the next one
+MAX_KNOWN = 50_000  # adapters, each with the versions of its aliases
+MAX_MISSING = 20_000  # unknown names, and as many versions
+MAX_NUMBERED = 64  # versions of one adapter requested by number
+MAX_TOGETHER = 400  # names looked up in one query; later ones go into the next
 Found = KnownAdapter | None
 Share = Callable[[int], float]
 log = logging.getLogger("pedro.serving")
@@ -47,12 +46,12 @@ class ModelResolver:
 
     @property
     def loaded(self) -> bool:
-        """Whether the store was ever read."""
+        """Whether the store has ever been read."""
         return self._read_at is not None
 
     @property
     def fresh(self) -> bool:
-        """Whether the store was read lately."""
+        """Whether the store was read recently."""
         return self._read_at is not None and time.monotonic() - self._read_at < STALE_AFTER_S
 
     @property
@@ -60,7 +59,7 @@ class ModelResolver:
         return None if self._catalog is None else self._catalog.read_at
 
     async def watch(self) -> None:
-        """Follow the store until cancelled; while it does not answer, the last state stays in force."""
+        """Follow the store until cancelled; while it does not answer, the last state stays valid."""
         away = False
         while True:
             try:
@@ -78,24 +77,23 @@ class ModelResolver:
                 await asyncio.to_thread(self._catalog.store.wait_for_change, self._interval_s)
 
     async def refresh(self) -> None:
-        """Hear what changed since the last time. Raises UnavailableError."""
+        """Apply changes since the last call. Raises UnavailableError."""
         if self._catalog is None:
             self._catalog = AdapterCatalog(await asyncio.to_thread(lambda: self._registry.store))
         await self._catalog.follow()
 
     async def resolve(self, tenant: str, model: str, share: Share | None = None) -> Version:
-        """The version that `model` means to `tenant` now.
+        """The version to which `model` resolves for `tenant` now.
 
-        `share` says where a request stands among those that a canary, named by its version, has the first of: from 0
-        to 1. Without it the champion is meant.
-        Raises the uniform 404 for an unknown name and for a foreign one alike, UnavailableError while what it means
-        cannot be known, AdapterError for an adapter of another backbone.
+        `share` gives a request's position, from 0 to 1, in the split with a canary, which gets the lowest. Without it
+        the champion is used. Raises the uniform 404 for unknown names and other tenants' alike, UnavailableError while
+        the name cannot be resolved, AdapterError for an adapter of another backbone.
         """
         try:
             ref = ModelRef.parse(model)
         except NotFoundError:
             raise model_not_found(model) from None
-        if ref.digest or not visible(ref.name, tenant):  # which weights a name means is the store's to say
+        if ref.digest or not visible(ref.name, tenant):  # only the store determines the weights of a name
             raise model_not_found(model)
         if self._catalog is None or not self.loaded:
             raise UnavailableError("the model catalogue is not loaded yet; try again in a moment")
@@ -114,7 +112,7 @@ class ModelResolver:
         return version
 
     def shadow_of(self, version: Version) -> tuple[Version, float] | None:
-        """What stands in the shadow of a version, with its share; None where nothing does, or it is no champion."""
+        """The shadow of a version, with its share; None if there is none, or it is not the champion."""
         known = None if self._catalog is None else self._catalog.known(version.name)
         shadow = None if known is None else known.adapter.standing.shadow
         if known is None or shadow is None or known.adapter.aliases.get(CHAMPION) != version.version:
@@ -123,7 +121,7 @@ class ModelResolver:
         return None if found is None or found.backbone_digest != self._backbone_digest else (found, shadow.weight)
 
     async def champions(self, tenant: str) -> list[Version]:
-        """The champions that `tenant` may call, by name, those of other backbones left out."""
+        """The champions that `tenant` may call, by name, without those of other backbones."""
         if self._catalog is None:
             return []
         adapters = await self._catalog.of_tenant(None if tenant == ALL_TENANTS else tenant)
@@ -133,7 +131,7 @@ class ModelResolver:
 
 @dataclass
 class _Question:
-    """A name that is being looked up; `outdated` once it changed meanwhile."""
+    """A name being looked up; `outdated` if it changed meanwhile."""
 
     answer: asyncio.Future[Found]
     outdated: bool = False
@@ -146,21 +144,21 @@ class AdapterCatalog:
     store: Store
     max_known: int = MAX_KNOWN
     read_at: float | None = None
-    """When (`time.monotonic`) the feed was read last; None before."""
+    """When (`time.monotonic`) the feed was last read; None if never."""
     _position: Position | None = None
     _known: OrderedDict[str, KnownAdapter] = field(default_factory=OrderedDict)
     _missing: OrderedDict[str, None] = field(default_factory=OrderedDict)
     _no_version: OrderedDict[tuple[str, int], KnownAdapter] = field(default_factory=OrderedDict)
-    """Versions that are not there, with the adapter as it was then: one that changed is another record."""
+    """Missing versions, with the adapter's record at that time, which is replaced if it changes."""
     _asked: dict[str, _Question] = field(default_factory=dict)
     _waiting: list[str] = field(default_factory=list)
-    """Those of the names asked for that are in no question yet."""
+    """Requested names that are not in a query yet."""
     _asking: asyncio.Task[None] | None = None
     _following: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def follow(self) -> None:
-        """Read what changed since the last time and look up again what of it is known. Raises UnavailableError."""
-        async with self._following:  # the watcher, and who just moved an alias: what is older must not come last
+        """Read changes since the last call and look up those of cached names again. Raises UnavailableError."""
+        async with self._following:  # the watcher and moves of aliases: older data must not come last
             await self._follow()
 
     async def _follow(self) -> None:
@@ -178,7 +176,7 @@ class AdapterCatalog:
         self.read_at = time.monotonic()
 
     async def get(self, name: str) -> Found:
-        """An adapter; None if there is none of that name. Raises UnavailableError where that cannot be known now."""
+        """An adapter; None if there is none of that name. Raises UnavailableError if the store does not answer."""
         known = self._known.get(name)
         if known is not None:
             self._known.move_to_end(name)
@@ -195,11 +193,11 @@ class AdapterCatalog:
         return await asyncio.shield(question.answer)
 
     def known(self, name: str) -> Found:
-        """An adapter as far as it is known already; nothing is looked up."""
+        """An adapter if cached; without a lookup."""
         return self._known.get(name)
 
     async def version(self, name: str, number: int) -> Version | None:
-        """A version by its number; None if there is none. Raises UnavailableError where that cannot be known now."""
+        """A version by number; None if there is none. Raises UnavailableError if the store does not answer."""
         known = await self.get(name)
         if known is None:
             return None
@@ -210,7 +208,7 @@ class AdapterCatalog:
         try:
             version = await asyncio.to_thread(self.store.get_version, name, number)
         except NotFoundError:
-            if self._known.get(name) is known:  # it did not change meanwhile
+            if self._known.get(name) is known:  # unchanged meanwhile
                 self._no_version[name, number] = known
                 _bound(self._no_version, MAX_MISSING)
             return None
@@ -219,7 +217,7 @@ class AdapterCatalog:
         return version
 
     async def of_tenant(self, tenant: str | None) -> list[KnownAdapter]:
-        """All adapters of a tenant, or of all, by name; while the store is away, those that are known."""
+        """All adapters of a tenant, or of all, by name; while the store is away, the cached ones."""
         try:
             names = await asyncio.to_thread(self.store.list_adapters, tenant)
             found = await asyncio.to_thread(self.store.look_up, list(names))
@@ -228,19 +226,19 @@ class AdapterCatalog:
         return [found[name] for name in sorted(found)]
 
     async def _ask(self) -> None:
-        """Look up the names that wait, many in one question, until none is left."""
+        """Look up the requested names, many per query, until none is left."""
         while self._waiting:
             names, self._waiting = self._waiting[:MAX_TOGETHER], self._waiting[MAX_TOGETHER:]
             for name in names:
                 self._asked[name].outdated = False
             try:
                 found = await asyncio.to_thread(self.store.look_up, names)
-            except Exception as error:  # noqa: BLE001 (whoever asked is told)
+            except Exception as error:  # noqa: BLE001 (passed to the callers)
                 for name in names:
                     self._asked.pop(name).answer.set_exception(error)
                 continue
             for name in names:
-                if self._asked[name].outdated:  # it changed between the asking and the answer
+                if self._asked[name].outdated:  # it changed during the query
                     self._waiting.append(name)
                 else:
                     self._remember(name, found.get(name))
@@ -271,7 +269,7 @@ class AdapterCatalog:
 
 
 def _meant(ref: ModelRef, known: KnownAdapter, share: Share | None) -> int | None:
-    """The number of the version that a name means."""
+    """The version number of a name."""
     if ref.version is not None:
         return ref.version
     standing = known.adapter.standing
@@ -282,7 +280,7 @@ def _meant(ref: ModelRef, known: KnownAdapter, share: Share | None) -> int | Non
 
 
 def visible(name: str, tenant: str) -> bool:
-    """Whether the adapter `name` is one of `tenant`'s."""
+    """Whether the adapter `name` belongs to `tenant`."""
     return tenant in (ALL_TENANTS, tenant_of(name))
 
 
@@ -292,6 +290,6 @@ def _bound(held: OrderedDict[Any, Any], most: int) -> None:
 
 
 def _retrieve(answer: asyncio.Future[Found]) -> None:
-    """It may be that nobody waits for it any more."""
+    """Retrieve a result that may no longer be awaited."""
     if not answer.cancelled():
         answer.exception()

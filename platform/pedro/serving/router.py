@@ -1,10 +1,9 @@
-"""Which replica answers: a client of each one, and the choice among them for a call.
+"""Chooses the replica for each call, and keeps a client for each replica.
 
-Each adapter has its own order of the replicas (rendezvous hashing), so that it is resident on few of them and a
-replica that comes or goes moves only its own share. No replica takes more than a bounded share of the load
-(Mirrokni, Thorup, Zadimoghaddam 2016, "Consistent Hashing with Bounded Loads"): what exceeds it goes to the next in
-order, so a hot adapter spreads over as many replicas as its load asks for. `jobs.benchmarks.fleet` simulates with the
-same functions.
+Each adapter orders the replicas by rendezvous hashing, so that it is resident on few of them and adding or removing a
+replica only moves that replica's share. No replica takes more than a bounded share of the load (Mirrokni, Thorup,
+Zadimoghaddam 2016, "Consistent Hashing with Bounded Loads"): the excess goes to the next in order, so a hot adapter
+spreads over as many replicas as its load needs. `jobs.benchmarks.fleet` simulates with the same functions.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 SHARE = 1.25  # of the mean load
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # splitmix64's finaliser (Steele, Lea, Flood 2014)
-PATIENCE_S = 120.0  # how long a call waits for a replica where there is none, as while one is replaced
-RECHECK_S = 0.5  # whether one suits may change with time alone
+PATIENCE_S = 120.0  # how long a call waits if there is no replica, for instance while one is replaced
+RECHECK_S = 0.5  # how often to re-check `suits`, which may change by itself
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ T = TypeVar("T")
 def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
     """The replica for adapter version `ref`, given the unfinished calls of each replica (at least one).
 
-    The bare backbone (None) is at home everywhere: it goes to the least loaded.
+    The bare backbone (None) goes to the least loaded.
     """
     if ref is None:
         return min(loads, key=lambda replica: (loads[replica], random.random()))  # noqa: S311 (breaks ties)
@@ -53,12 +52,12 @@ def choose(ref: ModelRef | None, loads: Mapping[str, int]) -> str:
 
 @lru_cache(maxsize=65536)
 def key_of(name: str) -> int:
-    """64 bits that stand for an adapter version or a replica."""
+    """A 64-bit hash of an adapter version or a replica."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def ranks(key: int, replicas: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """How much the adapter of `key` likes each replica [N], the replicas being given by their keys [N]."""
+    """The weight of each replica [N], given by key [N], for the adapter of `key`."""
     mixed = replicas ^ np.uint64(key)
     for shift, factor in MIX:
         mixed ^= mixed >> np.uint64(shift)
@@ -67,7 +66,7 @@ def ranks(key: int, replicas: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def pick(liked: NDArray[np.uint64], loads: NDArray[np.int64], share: float = SHARE) -> int:
-    """The replica that is liked best of those below the bound, by its place in `loads` [N]."""
+    """The index in `loads` [N] of the replica with the highest weight among those below the bound."""
     bound = math.ceil(share * (int(loads.sum()) + 1) / len(loads))
     return int(np.where(loads < bound, liked, 0).argmax())
 
@@ -76,10 +75,10 @@ Placement = Callable[["ModelRef | None", Mapping[str, int]], str]
 
 
 class ReplicaSet:
-    """The replicas of one engine deployment. `connect(replica)` gives the connection to a replica by its id.
+    """The replicas of one engine deployment. `connect(replica)` returns the connection to a replica by id.
 
-    `backbone` is the digest of the one that calls mean; `place` chooses among replicas, `choose` where it is not given.
-    All on one event loop; `update` says which replicas there are.
+    `backbone` is the digest of the backbone that calls expect; `place` chooses among replicas, default `choose`. For
+    one event loop; `update` sets the replicas.
     """
 
     def __init__(
@@ -89,16 +88,16 @@ class ReplicaSet:
         self._backbone = backbone
         self._place = place
         self._clients: dict[str, ReplicaClient] = {}
-        self._leaving: list[ReplicaClient] = []  # their last calls still run
+        self._leaving: list[ReplicaClient] = []  # their last calls are still running
         self._changed = asyncio.Event()
 
     @property
     def ready(self) -> bool:
-        """Whether a call would go out at once."""
+        """Whether a call could be sent at once."""
         return any(client.ready for client in self._clients.values())
 
     def update(self, replicas: Iterable[str]) -> None:
-        """These are the replicas from now on: new ones get a stream, missing ones no new calls."""
+        """Set the replicas: new ones get a stream, missing ones no new calls."""
         wanted = set(replicas)
         self._leaving = [client for client in self._leaving if not client.closed]
         for replica in [replica for replica in self._clients if replica not in wanted]:
@@ -110,7 +109,7 @@ class ReplicaSet:
 
     @property
     def load(self) -> int:
-        """Calls that the replicas work on, as far as this gateway knows, those of others with its own."""
+        """Unfinished calls on the replicas, of all gateways, as far as this one knows."""
         return sum(client.load for client in self._clients.values())
 
     async def generate(
@@ -120,10 +119,9 @@ class ReplicaSet:
         resumed: tuple[int, ...] = (),
         suits: Callable[[ReplicaClient], bool] | None = None,
     ) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of one call, on the replica that is best for it; with `suits`, on one that suits and lives now.
+        """The deltas of one call, on the best replica; with `suits`, on one that satisfies it and is known to be alive.
 
-        Raises the call's PedroError, ReplicaLost where the replica was lost on the way, UnavailableError where there
-        is none.
+        Raises the call's PedroError, ReplicaLost if the replica was lost meanwhile, UnavailableError if there is none.
         """
         client = await (self._choose(ref) if suits is None else self._choose_alive(ref, suits))
         async with aclosing(client.generate(call, ref, resumed)) as batches:
@@ -131,15 +129,15 @@ class ReplicaSet:
                 yield batch
 
     async def ask(self, request: ControlRequest[T]) -> T:
-        """What any one replica answers."""
+        """The answer of any one replica."""
         client = await self._choose(None)
         try:
             return await client.connection.ask(request)
         except ReplicaLost as error:
-            raise UnavailableError("the engine that was asked was lost; try again", code="replica_lost") from error
+            raise UnavailableError("the engine was lost; try again", code="replica_lost") from error
 
     async def ask_all(self, request: ControlRequest[T]) -> list[T]:
-        """What each replica answers. One that is lost meanwhile is left out; any other error is raised."""
+        """The answers of all replicas. Lost ones are omitted; any other error is raised."""
         asked = [client.connection.ask(request) for client in self._clients.values()]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for answer in answers:
@@ -154,7 +152,7 @@ class ReplicaSet:
     async def _choose(
         self, ref: ModelRef | None, suits: Callable[[ReplicaClient], bool] = lambda _: True
     ) -> ReplicaClient:
-        """The client to ask for adapter version `ref`, of those that suit; waits for one where there is none."""
+        """The client for adapter version `ref`, among those that suit; waits if there is none."""
 
         def loads() -> dict[str, int]:
             return {name: client.load for name, client in self._clients.items() if client.ready and suits(client)}

@@ -1,8 +1,8 @@
-"""Asks shadows what champions were asked, after the answer has left, and counts how they differ. For one event loop.
+"""Sends champions' requests to their shadows, after the answer was sent, and counts differences. For one event loop.
 
-Nobody sees a shadow's answer, and it is counted against no quota: it has no meter, and passes neither the gateway's
-routes nor its ledger. In the engine it is work of its tenant's, whose share it cannot enlarge. One is asked at a time;
-while a replica is at work it waits, but not for ever.
+A shadow's answer is discarded and counts against no quota: it has no meter, and bypasses the gateway's routes and
+ledger. In the engine it is part of its tenant's work and does not increase that tenant's share. One request is sent at
+a time; while replicas are busy it waits, up to a limit.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from pedro.serving.resolver import ModelResolver
     from pedro.serving.router import ReplicaSet
 
-MOST_WAITING = 16  # of a tenant: what another asks costs it none
+MOST_WAITING = 16  # per tenant, independent of others
 MOST_OF_ALL = 512
 PATIENCE_S = 5.0
 LOOK_S = 0.05
-LIMIT_S = 120.0  # of one answer; longer is an error of the shadow's
+LIMIT_S = 120.0  # per answer; longer ones count as errors
 FLUSH_EVERY_S = 5.0
-MAX_SUMS = 1000  # pairs with answers that the store does not have yet
+MAX_SUMS = 1000  # pairs with unreported answers
 log = logging.getLogger("pedro.serving")
 Pair = tuple[str, int, int]
 """Adapter, shadow, champion."""
 
 
 class ChampionAnswer:
-    """An answer as far as it has come: the tokens of each choice, and the seconds that were waited for them."""
+    """A growing answer: the tokens of each choice, and the seconds spent waiting for them."""
 
     def __init__(self) -> None:
         self.tokens: defaultdict[int, list[int]] = defaultdict(list)
@@ -55,7 +55,7 @@ class ChampionAnswer:
         self.tokens[delta.index] += delta.token_ids
 
     def go_on(self) -> None:
-        """The next delta is waited for: what its reader did with the last one is not counted."""
+        """Start timing the next delta, to exclude the time its reader spent on the last one."""
         self._since = time.monotonic()
 
 
@@ -82,7 +82,7 @@ class Shadows:
         self._flushing: asyncio.Task[None] | None = None
 
     def ask_too(self, call: GenerateCall, champion: Version, shadow: Version, heard: ChampionAnswer) -> None:
-        """Have the shadow asked what the champion was, in its turn."""
+        """Queue the champion's request for its shadow."""
         own = sum(asked.champion.tenant == champion.tenant for asked in self._waiting)
         if own >= MOST_WAITING or len(self._waiting) >= MOST_OF_ALL:
             self._note(champion, shadow, ShadowCounts(skipped=1))
@@ -92,25 +92,25 @@ class Shadows:
             self._worker = asyncio.create_task(self._work())
 
     async def drain(self) -> None:
-        """Return once all that waits was asked, and the store has heard of it."""
+        """Wait until all queued requests are done and reported."""
         if self._worker is not None:
             await self._worker
         await self.flush()
 
     async def flush(self) -> None:
-        """Have the store count what was noted; while it is away, the sums are kept."""
+        """Report the sums to the store; while it is away, they are kept."""
         batch, self._sums = self._sums, {}
         for (name, shadow, champion), counts in batch.items():
             try:
                 await asyncio.to_thread(self._registry.store.add_shadow_answers, name, shadow, champion, counts)
             except PedroError as error:
-                log.warning("answers of the shadow of %s were not counted and are kept: %s", name, error.message)
+                log.warning("answers of the shadow of %s could not be reported and are kept: %s", name, error.message)
                 self._add((name, shadow, champion), counts)
 
     def metrics(self) -> str:
         """Prometheus text."""
         name = "pedro_shadow_answers_total"
-        help_text = "Requests that shadows were to be asked too, by what became of them."
+        help_text = "Requests copied to shadows, by outcome."
         lines = [f"# HELP {name} {help_text}", f"# TYPE {name} counter"]
         lines += [f'{name}{{outcome="{outcome}"}} {count}' for outcome, count in sorted(self._outcomes.items())]
         return "\n".join(lines) + "\n"
@@ -122,11 +122,11 @@ class Shadows:
             while self._replicas.load and time.monotonic() < until:
                 await asyncio.sleep(LOOK_S)
             stands = self._resolver.shadow_of(asked.champion)
-            if stands is not None and stands[0].model_ref == asked.shadow.model_ref:  # it may have gone meanwhile
+            if stands is not None and stands[0].model_ref == asked.shadow.model_ref:  # else removed meanwhile
                 self._note(asked.champion, asked.shadow, await self._compared(asked))
 
     async def _compared(self, asked: _Asked) -> ShadowCounts:
-        """What one answer of a shadow counts as. Whatever it fails with stays here."""
+        """The counts of one answer of a shadow. Handles any failure."""
         ref, heard = asked.shadow.model_ref, ChampionAnswer()
         if self._faults.current(ref) is not None:
             return ShadowCounts(errors=1)
@@ -142,12 +142,12 @@ class Shadows:
             if error.code in SET_ASIDE_S:
                 self._faults.add(ref, error)
                 return ShadowCounts(errors=1)
-            return ShadowCounts(skipped=1)  # none of the shadow's doing
-        except ReplicaLost as error:  # never asked of another one: it may be why
+            return ShadowCounts(skipped=1)  # not the shadow's fault
+        except ReplicaLost as error:  # not retried elsewhere: the shadow may be the cause
             if not heard.tokens and not error.blameless:
                 self._faults.quarantine(ref)
             return ShadowCounts(errors=1)
-        except Exception as error:  # noqa: BLE001 (whoever was answered by the champion must not see it)
+        except Exception as error:  # noqa: BLE001 (must not affect the champion's client)
             log.warning("%s failed as a shadow: %s", asked.shadow.ref, error)
             if isinstance(error, PedroError) and error.code in SET_ASIDE_S:
                 self._faults.add(ref, error)
@@ -174,8 +174,8 @@ class Shadows:
 
 
 def is_asked_too(call: GenerateCall, shadow: Version, weight: float) -> bool:
-    """Whether a call that a champion answers is one of its shadow's share: chosen by chance, an answer in tokens, and
-    asked by the name alone or as champion."""
+    """Whether a champion's call is copied to its shadow: selected at random, a generation, and addressed by the bare
+    name or as champion."""
     named = ModelRef.parse(call.model)
     if named.version is not None or named.alias not in (None, CHAMPION):
         return False

@@ -1,7 +1,7 @@
-"""Compiles untrusted answer shapes in a process that is killed if it takes too much.
+"""Compiles untrusted answer shapes in a process that is killed if it exceeds its limits.
 
-`python -m pedro.serving.shape_worker` is the process. What it takes without harm a replica compiles again for its own
-tokenizer, within the same limits. Needs llguidance and no tensor.
+`python -m pedro.serving.shape_worker` is the process. Shapes that pass are compiled again by a replica for its
+tokenizer, within the same limits. Needs llguidance, but no tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pedro.errors import PedroError
 if TYPE_CHECKING:
     from pedro.gateway.backend import AnswerShape
 
-CPU_S = 1.0  # of computing, for one shape
-WALL_S = 10.0  # a machine that is busy with other things delays a shape longer than that one takes
-MEMORY_BYTES = 1 << 30  # of addresses
+CPU_S = 1.0  # CPU time, for one shape
+WALL_S = 10.0  # wall time, which is longer on a busy machine
+MEMORY_BYTES = 1 << 30  # address space
 GRAMMAR, REFUSED = b"g", b"r"
-SPACE = r" |\n[ \t]{0,24}"  # JSON's: without bounds a model may write blanks for ever
+SPACE = r" |\n[ \t]{0,24}"  # JSON's: without a limit a model may write blanks forever
 OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
@@ -33,11 +33,11 @@ OPTIONS: Any = {
 }
 SPACED = 'start: " " @inner'
 MAX_REASON = 300  # characters
-MAX_PLACES = 2000  # parts of a schema that are looked at for the one at fault
+MAX_PLACES = 2000  # parts of a schema searched for the invalid one
 
 
 def limits() -> LLParserLimits:
-    """What one shape may take: its grammar, and in memory and time each step of an answer that is held to it."""
+    """Limits for one shape: of its grammar, and of memory and time per step of an answer."""
     return LLParserLimits(
         initial_lexer_fuel=1_000_000,  # 20 ms
         step_lexer_fuel=50_000,  # 4 ms
@@ -49,13 +49,13 @@ def limits() -> LLParserLimits:
 
 
 class ShapeWorker:
-    """Gives the grammar of a shape, or says why there is none. Thread-safe: one shape at a time."""
+    """Compiles a shape to its grammar, or reports why it is invalid. Thread-safe: one shape at a time."""
 
     def __init__(self) -> None:
         self._worker = BoundedWorker(__name__)
 
     def grammar(self, shape: AnswerShape, spaced: bool = False) -> str:
-        """llguidance's own form of a shape, `spaced` with a space in front. Raises PedroError with what is wrong."""
+        """A shape in llguidance's form, `spaced` with a leading space. Raises PedroError if it is invalid."""
         kind, text, param = shape
         try:
             answer, content = self._worker.ask(json.dumps([kind, text, spaced]).encode(), WALL_S)
@@ -73,16 +73,16 @@ class ShapeWorker:
 
 
 def too_much(param: str) -> PedroError:
-    """The error of a shape that takes more than it may."""
+    """The error of a shape that exceeds its limits."""
     return PedroError(
-        f"{param}: takes more time or memory than a shape may; ask for something simpler",
+        f"{param}: exceeds the time or memory limit of a shape; simplify it",
         param=param,
         code="shape_bounds",
     )
 
 
 def _answer(request: bytes) -> Message:
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process, wherever it is
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal ends the process in any state
     try:
         kind, text, spaced = json.loads(request)
         try:
@@ -112,7 +112,7 @@ def _grammar(kind: Any, text: str) -> str:
 
 
 def _fault(schema: Any, reason: str) -> tuple[str, str]:
-    """The innermost part of a schema that is at fault by itself, and what is said of it."""
+    """The innermost part of a schema that is invalid by itself, and its error."""
     root = schema if isinstance(schema, dict) else {}
     shared = {name: root[name] for name in ("$defs", "definitions", "$schema") if name in root}
     found = "", reason
@@ -127,7 +127,7 @@ def _fault(schema: Any, reason: str) -> tuple[str, str]:
 
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas within a schema with their places, outer ones first."""
+    """The schemas within a schema with their paths, outer ones first."""
     if not isinstance(schema, dict):
         return
     for key, value in schema.items():

@@ -1,7 +1,8 @@
-"""Starts a home's server again when its Ray head is gone. Ray itself starts engines, gateways and proxies again, but
-nobody starts the head, whose death takes all of them along.
+"""Restarts a home's server when its Ray head is gone. Ray restarts engines, gateways and proxies, but not the head,
+whose death ends all of them.
 
-The process that watches is no driver of Ray: Ray ends a driver whose head is gone. So each new start is a process, too.
+The supervising process is not a Ray driver, since Ray kills drivers whose head is gone. So each restart is a separate
+process, too.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from pedro.serving.config import ServeConfig
 
 LOOK_S = 1.0
-PATIENCE_S = 30.0  # the longest pause between two tries that failed
+PATIENCE_S = 30.0  # the longest pause between failed attempts
 ENDS_S = 30.0
-SET_BACK_S = 30.0  # about what starting again takes; less is waited out
+SET_BACK_S = 30.0  # about the time of a restart; shorter set-backs are waited out
 Log = Callable[[str], None]
 
 
 class Supervisor:
-    """Watches over the server that this home runs on a head of its own. `beside` is called at each look while it runs,
-    and sees to what belongs to it."""
+    """Supervises the server that this home runs on its own head. `beside` is called at each check while it runs, to
+    look after what belongs to it."""
 
     def __init__(
         self, settings: Settings, config: ServeConfig, host: str, port: int, log: Log, beside: Callable[[], None]
@@ -43,39 +44,39 @@ class Supervisor:
         self._ahead = ahead()
 
     def run(self) -> None:
-        """Return when somebody ended the server (`pedro down`). A cluster that is somebody else's is left to them."""
+        """Return when the server was stopped (`pedro down`). Clusters that pedro did not start are not restarted."""
         while record(self._settings).is_file():
             self._look_at_clock()
             if self._settings.ray_address is None and cluster.find_head(self._settings) != self._head:
                 self._start_again()
             else:
-                with suppress(OSError):  # a disk without room, say: it is looked at again
+                with suppress(OSError):  # for instance a full disk: checked again later
                     self._beside()
             time.sleep(LOOK_S)
 
     def _look_at_clock(self) -> None:
-        """End the head if the clock was set back, so that it is started again.
+        """End the head if the clock was set back, so that it is restarted.
 
-        Ray's timers go by the wall clock: in every process that runs, Serve's looks at replicas, calls that are to be
-        repeated and heartbeats stand still until the clock is where it was.
+        Ray's timers use the wall clock: in every running process Serve's checks of replicas, repeated calls and
+        heartbeats stop until the old time is reached again.
         """
         before, self._ahead = self._ahead, ahead()
         if before - self._ahead > SET_BACK_S and self._settings.ray_address is None:
             self._log(
-                f"the clock was set back by {before - self._ahead:.0f} s, for which Ray's timers would stand still"
+                f"the clock was set back by {before - self._ahead:.0f} s, which would stop Ray's timers for that long"
             )
             cluster.stop_head(self._settings)
 
     def _start_again(self) -> None:
         mark = restarting(self._settings)
-        mark.touch()  # removed by whoever ends the server meanwhile
+        mark.touch()  # removed by a process that stops the server meanwhile
         try:
-            if not record(self._settings).is_file():  # ended just before
+            if not record(self._settings).is_file():  # stopped just before
                 return
             pause = LOOK_S
             while mark.is_file():
-                self._log("the Ray head is gone; starting it and the server again")
-                cluster.end_orphans(self._settings)  # which may answer still
+                self._log("the Ray head is gone; restarting it and the server")
+                cluster.end_orphans(self._settings)  # which may still answer
                 if self._deploy_apart():
                     break
                 self._log(f"the server did not start; trying again in {pause:g} s")
@@ -99,19 +100,19 @@ class Supervisor:
         return process.exitcode == 0
 
     def _wait(self, process: SpawnProcess) -> None:
-        """Until it ends: by itself, or because the clock was set back and its head with it."""
+        """Wait until it ends: by itself, or because the clock was set back and its head was ended."""
         while process.is_alive():
             process.join(LOOK_S)
             self._look_at_clock()
 
 
 def ahead() -> float:
-    """How far the wall clock is ahead of the one that nobody can set."""
+    """How far the wall clock is ahead of the monotonic one."""
     return time.time() - time.monotonic()
 
 
 def _deploy(settings: Settings, config: ServeConfig, host: str, port: int, log: Log) -> None:
-    """What the process apart does; its status is 0 if the server answers."""
+    """Entry point of the separate process; exits with 0 if the server answers."""
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         deploy(settings, config, host, port, log, again=True)
@@ -123,7 +124,7 @@ def _deploy(settings: Settings, config: ServeConfig, host: str, port: int, log: 
 
 
 def _end(process: SpawnProcess) -> None:
-    """It takes down what it has half started."""
+    """Let it clean up a partial start."""
     if process.is_alive():
         process.terminate()
         with suppress(KeyboardInterrupt):

@@ -14,7 +14,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """Looks up tokens of one tokenizer; each is worked out once."""
+    """Looks up tokens of one tokenizer; cached."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -23,7 +23,7 @@ class TokenTexts:
         self._known: dict[int, tuple[str, bytes | None]] = {}
 
     def __call__(self, token_id: int) -> tuple[str, bytes | None]:
-        """The token's text with its leading space, and its bytes where the text alone cannot tell them."""
+        """The token's text with its leading space, and its bytes if the text does not determine them."""
         text = self._known.get(token_id)
         if text is None:
             text = self._known[token_id] = self._look(token_id)
@@ -46,14 +46,14 @@ class TokenTexts:
 
 @cache
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level BPE's alphabet (GPT-2, `bytes_to_unicode`), read backwards."""
+    """The inverse of byte-level BPE's alphabet (GPT-2, `bytes_to_unicode`)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def tokenizer_info(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a client needs to do as this tokenizer does, as JSON can hold it: the form of vLLM's `/tokenizer_info`."""
+    """What a client needs to tokenise like this tokenizer, as JSON: the form of vLLM's `/tokenizer_info`."""
     info = {name: tokenizer.init_kwargs[name] for name in _SETTINGS if name in tokenizer.init_kwargs}
     info["tokenizer_class"] = type(tokenizer).__name__
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):

@@ -14,18 +14,19 @@ from pedro.serving.shape_worker import OPTIONS
 if TYPE_CHECKING:
     from pedro.gateway.backend import ToolUse
 
-MORE_CALLS = 7  # after the first: a model may otherwise call for ever
+MORE_CALLS = 7  # after the first: otherwise a model may call forever
 NO_ARGUMENTS = {"type": "object", "additionalProperties": False}
 
 
 def call_shape(template: str, use: ToolUse) -> AnswerShape | None:
-    """None where the answer is free to call. Raises PedroError where the format's calls cannot be told or held to."""
+    """The shape; None if calls are optional. Raises PedroError if the format's calls are unknown or cannot be
+    required."""
     if not use.may_call:
         return None
     syntax = syntax_of(template)
     if syntax is None:
         raise PedroError(
-            "tools: the model's prompt format writes calls in a way that is not known here; leave them out, or send "
+            "tools: the call syntax of the model's prompt format is not supported here; leave them out, or send "
             "tool_choice none",
             param="tools",
             code="unsupported_parameter",
@@ -34,7 +35,7 @@ def call_shape(template: str, use: ToolUse) -> AnswerShape | None:
         return None
     if not syntax.writable:
         raise PedroError(
-            f"tool_choice: calls in the way of {syntax.name} cannot be required; send auto",
+            f"tool_choice: calls in the syntax of {syntax.name} cannot be required; send auto",
             param="tool_choice",
             code="unsupported_parameter",
         )
