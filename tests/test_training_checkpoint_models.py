@@ -93,5 +93,5 @@ def test_a_checkpoint_that_the_engine_would_not_serve_is_told_and_training_goes_
     models = CheckpointModels(context, told.append)
     outcome = run(context, Publishing(tmp_path / "run", context, models, lambda *made: published.append(made)))
     assert outcome.steps == 2
-    assert told == [f"the checkpoint of step {step} is no model: weights: too wide" for step in (1, 2)]
+    assert told == [f"the checkpoint of step {step} was not saved as a model: weights: too wide" for step in (1, 2)]
     assert published == []

@@ -219,11 +219,11 @@ def test_a_twin_shares_weights_and_nothing_else():
 
 def test_what_cannot_be_shared_is_said_with_the_spec(tmp_path):
     for changes, said in [
-        ({"resources": {"share": True, "workers": 2}}, "one worker is what is shared, not 2"),
+        ({"resources": {"share": True, "workers": 2}}, "jobs share one worker, not 2"),
         ({"resources": {"share": True, "zero_stage": 1}}, "zero_stage 1 shards"),
         ({"method": {"name": "adalora"}}, "method adalora trains alone"),
-        ({"method": {"name": "lora", "dropout": 0.1}}, "method.dropout draws"),
-        ({"method": {"name": "pedro", "conditioning": "system"}}, "give method.head_end"),
+        ({"method": {"name": "lora", "dropout": 0.1}}, "method.dropout would draw"),
+        ({"method": {"name": "pedro", "conditioning": "system"}}, "set method.head_end"),
         ({"objective": "dpo", "gate": {}}, "objective dpo trains alone"),
     ]:
         fields = {**shared(tmp_path, 0).to_dict(), **changes}

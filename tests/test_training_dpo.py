@@ -216,11 +216,11 @@ def test_a_whole_model_that_is_champion_is_compared_with_the_backbone_too(tmp_pa
 def test_what_does_not_go_with_the_objective_is_refused_by_name(tmp_path):
     tree = dpo_spec_for(tmp_path).to_dict()
     wrong = {
-        "which method full trains itself": {"method": {"name": "full"}},
+        "which method full changes": {"method": {"name": "full"}},
         "gate.metric: accuracy is not measured under dpo; give preference_accuracy or loss": {
             "gate": {"metric": "accuracy"}
         },
-        "dpo: is of objective dpo; set objective: dpo": {"objective": "supervised", "gate": {}},
+        "dpo: only for objective dpo; set objective: dpo": {"objective": "supervised", "gate": {}},
         "greater than 0": {"dpo": {"beta": 0}},
     }
     for reason, change in wrong.items():
@@ -271,7 +271,7 @@ def test_the_dry_run_counts_both_sides_of_a_pair(tmp_path):
     measured = [len(row["input_ids"]) + len(row["rejected_ids"]) for row in pairs_of(spec, tmp_path)]
     assert report.tokens_per_row == pytest.approx(sum(measured) / len(measured))
     assert len(rows) < len(measured)
-    assert f"objective    dpo, β {BETA:g}: two sequences a row" in str(report)
+    assert f"objective    dpo, β {BETA:g}: two sequences per row" in str(report)
     assert report.seconds_per_step > 0
     assert report.seconds_by_part["of scoring"] > 0
     estimate = dry_run(spec, calibrated=False).memory_bytes["activations"]

@@ -297,7 +297,7 @@ def test_a_kept_checkpoint_becomes_a_version_and_one_that_cannot_is_told(home, t
     assert len(registry.versions("acme.colours")) == 1
     (event,) = registry.store.list_job_events(job, ("checkpoint",), limit=10)
     assert event.data == {"model": "acme.colours:1", "step": 5, "metrics": made["metrics"]}
-    assert "the checkpoint of step 6 is no model" in capsys.readouterr().out
+    assert "the checkpoint of step 6 was not saved as a model" in capsys.readouterr().out
 
 
 def test_a_full_disk_under_a_checkpoints_copy_is_told_and_is_no_error(home, tmp_path, monkeypatch, capsys):
@@ -312,4 +312,4 @@ def test_a_full_disk_under_a_checkpoints_copy_is_told_and_is_no_error(home, tmp_
     errands.after_report(report, [{MODEL: {"step": 6}}])
     monkeypatch.undo()
     ended(errands)
-    assert "the checkpoint of step 6 is no model: No space left" in capsys.readouterr().out
+    assert "the checkpoint of step 6 was not saved as a model: No space left" in capsys.readouterr().out

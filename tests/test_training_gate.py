@@ -29,7 +29,7 @@ def test_without_a_champion_the_backbone_is_the_rival():
     assert _decide({"accuracy": 0.9}).passed
     refused = _decide({"accuracy": 0.1})
     assert not refused.passed
-    assert refused.reason == "accuracy 0.1000 against 0.2000 of the backbone: gain -0.1000, gate wants -0.005"
+    assert refused.reason == "accuracy 0.1000 against 0.2000 of the backbone: gain -0.1000, gate requires -0.005"
 
 
 def test_a_champion_is_the_rival_once_there_is_one():
@@ -111,7 +111,7 @@ def test_the_test_never_lets_pass_what_lacks_the_gain(evidence):
 def test_without_scores_by_row_the_gain_decides_and_the_reason_says_so():
     decision = _decide({"accuracy": 0.95}, {"accuracy": 0.9}, evidence="better")
     assert decision.passed
-    assert decision.reason.endswith("by the gain alone, as there are no scores by row")
+    assert decision.reason.endswith("decided by the gain, since there are no scores by row")
     assert compare_rows("accuracy", _rows([1, 0]), _rows([1])) is None
     assert compare_rows("loss", _rows([1], [math.nan]), _rows([1])) is None
 
@@ -164,4 +164,4 @@ def test_a_job_compares_its_version_with_the_champion_row_by_row_and_the_gate_is
     assert f"of {trained.metrics['rows']} rows 0 better and 0 worse (exact McNemar: p = 1.0000" in decision.reason
     earlier = trainer.Champion(champion.version, champion.metrics)  # of a trial from before rows were kept
     result = trainer.Result("", trained.metrics, 1, earlier, Path(tmp_path / "adapter"))
-    assert "by the gain alone" in judge_version(context.spec, result, registry).reason
+    assert "decided by the gain" in judge_version(context.spec, result, registry).reason

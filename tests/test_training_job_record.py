@@ -154,10 +154,10 @@ def _record(
         (_record(), None, False, "running", ""),
         (_record("paused"), None, True, "paused", ""),
         (_record("queued", None), None, True, "queued", ""),
-        (_record("queued", None, age_s=7200), None, True, "lost", "it was never handed to a cluster"),
+        (_record("queued", None, age_s=7200), None, True, "lost", "it was never submitted to a cluster"),
         (_record("queued", None, 7200, "waits for 2 CPU", 1), None, True, "queued", "waits for 2 CPU"),
-        (_record(attempt=1), None, True, "running", "its cluster was ended; it starts again"),
-        (_record(attempt=1), "FAILED", True, "running", "its driver died; it starts again"),
+        (_record(attempt=1), None, True, "running", "its cluster was ended; it will be restarted"),
+        (_record(attempt=1), "FAILED", True, "running", "its driver died; it will be restarted"),
         (_record(attempt=1), None, False, "running", ""),
         (_record("queued", None, message="waits for 2 CPU", attempt=2), "STOPPED", True, "queued", "waits for 2 CPU"),
     ],
@@ -236,4 +236,4 @@ def test_a_log_that_cannot_be_kept_does_not_stop_the_job(tmp_path, capsys):
     with keeping_log(str(tmp_path / "file"), "ftjob-1"):
         print("the job goes on")
     shown = capsys.readouterr()
-    assert (shown.out, "log is not kept" in shown.err) == ("the job goes on\n", True)
+    assert (shown.out, "log cannot be stored" in shown.err) == ("the job goes on\n", True)

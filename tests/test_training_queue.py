@@ -67,7 +67,7 @@ def test_one_that_can_never_fit_says_so_and_holds_up_nobody(store, clock):
     controller = Controller(store, Cluster(NODE, NODE), clock=clock)
     never, wide, fits = queued(store, cpus=3), queued(store, workers=5), queued(store, workers=4)
     controller.round()
-    assert "needs 3 CPU, which no nodes" in store.get_job(never).message
+    assert "needs 3 CPU, more than the cluster's nodes" in store.get_job(never).message
     assert "needs 5 times 1 CPU" in store.get_job(wide).message
     assert store.get_job(never).status == JobStatus.QUEUED
     assert store.get_job(fits).submission_id == fits

@@ -110,4 +110,4 @@ def test_a_storage_that_is_away_costs_the_rows_and_not_the_job(tmp_path, monkeyp
     monkeypatch.setattr(scored_rows, "put_file", away)
     said: list[str] = []
     keep_rows(str(tmp_path), "ftjob-1", Path(tmp_path / FILE), said.append)
-    assert said == ["the rows behind the scores are not kept: the storage does not answer"]
+    assert said == ["the rows behind the scores could not be stored: the storage does not answer"]

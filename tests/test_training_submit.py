@@ -104,7 +104,7 @@ def test_a_job_over_http_that_this_machine_could_never_hold_is_refused_and_one_o
     if address:
         launcher.prepare(never)
         return
-    with pytest.raises(ConfigError, match="needs 3 times 1 CPU, and this machine has 2 CPU; lower") as refused:
+    with pytest.raises(ConfigError, match="needs 3 times 1 CPU, but this machine has 2 CPU; lower") as refused:
         launcher.prepare(never)
     assert told_error(refused.value) == {"code": "invalid_config", "param": "method.pedro.resources"}
 

@@ -1,1 +1,1 @@
-"""Turns a tenant's data into an adapter: the worker loop, its engines, and the Ray job around them."""
+"""Turns a tenant's data into an adapter: the training loop, its engines, and the Ray job around them."""

@@ -1,9 +1,9 @@
-"""Where the files and backbones that a spec names may lie, so that a stranger's spec reads neither the host nor its
-network.
+"""Checks the locations of files and backbones in a spec, so that an untrusted spec can read neither the host's files
+nor its network.
 
-A spec may name files beneath its own folder, the working directory, the home, a local storage and the folders of
-PEDRO_DATA_ROOTS, and URLs of the schemes in PEDRO_DATA_SCHEMES. What a person types beside it (an override, an option)
-may lie anywhere on this host. A backbone's directory is held to the same places. Opens nothing.
+A spec may name files below its own folder, the working directory, the home, a local storage and the folders of
+PEDRO_DATA_ROOTS, and URLs with the schemes in PEDRO_DATA_SCHEMES. Paths given on the command line (an override, an
+option) may be anywhere on this host. The same rules apply to a backbone's directory. Opens no files.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def check_allowed_files(
 ) -> None:
     """Raise ConfigError for the first of `files` (absolute, by field) that a spec may not name.
 
-    `folders` are roots beside those of the settings; the fields in `typed` were given by hand.
+    `folders` are roots in addition to those of the settings; the fields in `typed` were given on the command line.
     """
     for field, location in files.items():
-        if FILE_ID.fullmatch(location):  # whose it is, is asked where it is taken
+        if FILE_ID.fullmatch(location):  # its tenant is checked where it is fetched
             continue
         if _is_upload(location, settings.storage):
             raise ConfigError(
-                f"{field}: {location!r} is where uploaded files lie; name the file by its id, file-…", param=field
+                f"{field}: {location!r} is among uploaded files; name the file by its id, file-…", param=field
             )
         if "://" in location:
             _check_url(field, location, settings)
         elif field not in typed and not any(_beneath(location, root) for root in _roots(settings, folders)):
             raise ConfigError(
                 f"{field}: {location!r} lies outside the spec's folder, the working directory and PEDRO_HOME; copy it "
-                f"there, type {field}=PATH on the command line, or name its folder in PEDRO_DATA_ROOTS",
+                f"there, pass {field}=PATH on the command line, or add its folder to PEDRO_DATA_ROOTS",
                 param=field,
             )
 
@@ -45,8 +45,8 @@ def check_allowed_files(
 def check_allowed_backbones(
     names: Mapping[str, str], settings: Settings, folders: Collection[Path] = (), typed: Collection[str] = ()
 ) -> None:
-    """Raise ConfigError for the first of `names` (as `locate_backbone` gives them, by field) that is a directory which
-    a spec may not name. Names of the package and of the home, and hub ids, are no directories."""
+    """Raise ConfigError for the first of `names` (as returned by `locate_backbone`, by field) that is a directory which
+    a spec may not name. Names of packaged and kept backbones, and hub ids, are not directories."""
     for field, name in names.items():
         if (
             name.startswith("/")
@@ -54,15 +54,15 @@ def check_allowed_backbones(
             and not any(_beneath(name, root) for root in _roots(settings, folders))
         ):
             raise ConfigError(
-                f"{field}: {name!r} lies outside the spec's folder, the working directory and PEDRO_HOME; type "
-                f"{field}=PATH on the command line, name its folder in PEDRO_DATA_ROOTS, or have it under a name by "
+                f"{field}: {name!r} lies outside the spec's folder, the working directory and PEDRO_HOME; pass "
+                f"{field}=PATH on the command line, add its folder to PEDRO_DATA_ROOTS, or give it a name with "
                 "`pedro backbones add`",
                 param=field,
             )
 
 
 def _is_upload(location: str, storage: str) -> bool:
-    """Whether it lies among tenants' uploaded files, which are reached by their ids alone."""
+    """Whether it is among tenants' uploaded files, which may only be used by id."""
     folder = f"{storage.rstrip('/')}/{UPLOADS}"
     if "://" in location or "://" in storage:
         return posixpath.normpath(location).startswith(f"{posixpath.normpath(folder)}/")
@@ -72,23 +72,23 @@ def _is_upload(location: str, storage: str) -> bool:
 def _check_url(field: str, url: str, settings: Settings) -> None:
     scheme, _, rest = url.partition("://")
     if "::" in url:
-        raise ConfigError(f"{field}: {url!r} chains several URLs; give the one that names the file", param=field)
+        raise ConfigError(f"{field}: {url!r} chains several URLs; give only the file's", param=field)
     if url.startswith(f"{settings.storage.rstrip('/')}/") and ".." not in rest.split("/"):
         return
     if scheme not in DATA_SCHEMES:
         known = "a path, pedro://demo/…" + "".join(f" or {name}://" for name in settings.data_schemes)
         raise ConfigError(
-            f"{field}: {url!r}: {scheme} is no data scheme; download the file, or give {known}", param=field
+            f"{field}: {url!r}: {scheme} is not a data scheme; download the file, or use {known}", param=field
         )
     if scheme not in settings.data_schemes:
         raise ConfigError(
-            f"{field}: {url!r}: {scheme} is not opened here; set PEDRO_DATA_SCHEMES={scheme} where it should be",
+            f"{field}: {url!r}: {scheme} is not allowed here; set PEDRO_DATA_SCHEMES={scheme} to allow it",
             param=field,
         )
 
 
 def _roots(settings: Settings, folders: Collection[Path]) -> list[Path]:
-    """All but the settings' own roots count only where they are less than the whole disk."""
+    """The allowed roots; those not from the settings are ignored if they are the whole disk."""
     given = [*folders, Path.cwd(), settings.home]
     if "://" not in settings.storage:
         given.append(Path(settings.storage))
@@ -96,5 +96,5 @@ def _roots(settings: Settings, folders: Collection[Path]) -> list[Path]:
 
 
 def _beneath(location: str, root: Path) -> bool:
-    """Whether a file lies in a folder, links followed."""
+    """Whether a file is in a folder, after resolving links."""
     return Path(location).resolve().is_relative_to(root.resolve())

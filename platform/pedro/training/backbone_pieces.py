@@ -1,7 +1,7 @@
-"""Loads a backbone that ZeRO-3 shards: each worker reads its own piece of every tensor from the files, nothing more.
+"""Loads a backbone sharded by ZeRO-3: each worker reads only its piece of every tensor from the files.
 
-A piece is a run of a tensor's numbers as they lie in memory, which is how ZeRO-3 cuts tensors. So that this can be, the
-files must hold the model's tensors under its own names and in its shapes; `can_be_cut` says whether they do.
+A piece is a contiguous range of a tensor's numbers in memory, as ZeRO-3 partitions tensors. This requires files that
+contain the model's tensors with the same names and shapes; `can_be_cut` checks that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GENERATION = "generation_config.json"
 
 
 class Piece(NamedTuple):
-    """A worker's part of one tensor: `numbers` [N] are those from `start` on, and past the tensor's end padding."""
+    """A worker's part of one tensor: `numbers` [N] are those from `start` on, with padding past the tensor's end."""
 
     name: str
     size: int
@@ -33,16 +33,16 @@ class Piece(NamedTuple):
 
 
 def can_be_cut(backbone: Backbone) -> bool:
-    """Whether workers can read pieces of this backbone; else each has to load it whole. Reads heads of files alone."""
+    """Whether workers can read pieces of this backbone; else each must load it whole. Only reads file headers."""
     return bool(stored_tensors(backbone))
 
 
 def load_in_pieces(
     backbone: Backbone, dtype: str, device: torch.device, partitioning: AbstractContextManager[None]
 ) -> PreTrainedModel:
-    """The backbone as `load_model` makes it, but for its weights, which `fill` reads: no worker ever has all of them.
+    """The backbone as `load_model` returns it, but without weights, which `fill` reads: no worker ever has all of them.
 
-    What is made within `partitioning` is sharded as soon as it is made; every worker must be here.
+    Modules created within `partitioning` are sharded at once; every worker must take part.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
@@ -58,7 +58,7 @@ def load_in_pieces(
 
 
 def fill(backbone: Backbone, pieces: Iterable[Piece]) -> None:
-    """Read the pieces from the files. Raises BackboneError for files that cannot be read and numbers not finite."""
+    """Read the pieces from the files. Raises BackboneError for unreadable files and non-finite numbers."""
     stored = stored_tensors(backbone)
     if not stored:
         raise BackboneError(

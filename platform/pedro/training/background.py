@@ -1,4 +1,4 @@
-"""A thread that does one task after the other, so that the caller need not wait."""
+"""A background thread that runs tasks in order, without blocking the caller."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LOG = logging.getLogger(__name__)
 
 
 class Background:
-    """The thread. A task that fails is told in the log; the next ones are done all the same. What they print goes where
-    it goes in the thread that made it."""
+    """The thread. A failed task is logged; later ones still run. Their output goes to the same log as that of the
+    thread that created it."""
 
     def __init__(self, name: str) -> None:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -28,7 +28,7 @@ class Background:
         self._tasks.put(task)
 
     def close(self, within_s: float) -> None:
-        """Do what is queued, at most for so long."""
+        """Finish queued tasks, up to a time limit."""
         self._tasks.put(None)
         self._thread.join(within_s)
 
@@ -37,5 +37,5 @@ class Background:
         while (task := self._tasks.get()) is not None:
             try:
                 task()
-            except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
+            except Exception as error:  # noqa: BLE001 - any error of the tracking client
                 LOG.warning("%s: %s", self._thread.name, error)

@@ -1,4 +1,4 @@
-"""Which rows make the k-th batch, and the tensors a worker makes of its slice. torch only.
+"""The rows of the k-th batch, and the tensors of a worker's slice. torch only.
 
 B rows of a slice, T tokens of its longest row. Rows are mappings with `input_ids` (prompt and answer) and
 `prompt_len`. The order of rows is a pure function of (seed, k): nothing needs to be stored to resume. As rows on disk
@@ -17,7 +17,7 @@ from pedro.methods.output_head import IGNORE
 
 
 class Rows(Protocol):
-    """A data set on disk or a list in memory."""
+    """A data set on disk, or a list in memory."""
 
     def __len__(self) -> int: ...
 
@@ -25,12 +25,12 @@ class Rows(Protocol):
 
 
 class RowStream:
-    """Endless batches: one permutation an epoch, epochs end to end, so that every batch is full."""
+    """Endless batches: one permutation per epoch, concatenated, so that every batch is full."""
 
     def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
         assert len(rows) > 0, "a stream needs rows; the caller checks that the split is not empty"
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._order = lru_cache(maxsize=2)(partial(_permutation, len(rows), seed))  # a batch may lie across two epochs
+        self._order = lru_cache(maxsize=2)(partial(_permutation, len(rows), seed))  # a batch may span two epochs
 
     def batch(self, k: int) -> list[Mapping[str, Any]]:
         """The rows of the k-th batch, counted from 0."""
@@ -40,7 +40,7 @@ class RowStream:
 
 
 def fetch(rows: Rows, places: Sequence[int]) -> list[Mapping[str, Any]]:
-    """The rows at these places: of a data set on disk all in one read."""
+    """The rows at these indices, in one read if the data set is on disk."""
     together = getattr(rows, "__getitems__", None)
     read: list[Mapping[str, Any]] = together(list(places)) if together else [rows[place] for place in places]
     return read
@@ -52,7 +52,7 @@ def _permutation(size: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def supervised_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Answer tokens of the rows: what the loss of the whole batch is divided by."""
+    """Answer tokens of the rows, by which the loss of the whole batch is divided."""
     return sum(len(row["input_ids"]) - row["prompt_len"] for row in rows)
 
 
@@ -64,7 +64,7 @@ def passed_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
 def slices(
     rows: Sequence[Mapping[str, Any]], rank: int, world: int, accumulation: int
 ) -> list[Sequence[Mapping[str, Any]]]:
-    """This worker's share of a batch, cut in `accumulation` slices; one may be empty at the end of a data set."""
+    """This worker's share of a batch, in `accumulation` slices; one may be empty at the end of a data set."""
     mine = rows[rank::world]
     return [mine[part::accumulation] for part in range(accumulation)]
 
@@ -74,7 +74,7 @@ def tensors(
 ) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, labels [B, T] and prompt_lens [B], padded on the right.
 
-    No rows make one row of the filler without supervised tokens: the worker still takes part in every collective.
+    Without rows: one padding row without supervised tokens, so that the worker takes part in every collective.
     """
     blank = not rows
     rows = rows or [filler]
@@ -94,5 +94,5 @@ def tensors(
 
 
 def token_loss(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of the tokens `wanted` [N] under logits [N, V], in float32; 0 where N is 0."""
+    """Sum of the cross entropies of the tokens `wanted` [N] under logits [N, V], in float32; 0 if N is 0."""
     return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")

@@ -1,8 +1,8 @@
 """Bi-level training (PEDRO, section 3.4, eq. 8) as alternating first-order steps. torch only.
 
-Ω are the generators' weights, Θ the coefficients of their activations. A step moves one of the two: its gradients
-alone exist, so clipping and DeepSpeed's reductions see nothing else, and its Adam moments alone advance. A learning
-rate of zero on the other group would not do: it would still pollute the moments.
+Ω are the generators' weights, Θ the coefficients of their activations. A step updates one of the two: only its
+gradients exist, so clipping and DeepSpeed's reductions see nothing else, and only its Adam moments advance. A learning
+rate of zero for the other group would not suffice, since it would still update the moments.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Named = Sequence[tuple[str, nn.Parameter]]
 
 
 class GroupedAdamW(torch.optim.AdamW):
-    """AdamW with a group for Ω and one for Θ, stepping only the groups named in `active`.
+    """AdamW with a group for Ω and one for Θ; only groups named in `active` are updated.
 
-    What `is_faster` names of Ω has a group of its own, whose rate is Ω's times `ratio`. Groups are found by their
-    `role`, never by position: ZeRO hands them over one at a time, with flat partitions in place of the parameters.
+    Parameters of Ω selected by `is_faster` have a separate group, whose rate is Ω's times `ratio`. Groups are found by
+    `role`, not by position: ZeRO passes them one at a time, with flat partitions instead of the parameters.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class GroupedAdamW(torch.optim.AdamW):
             {"params": faster, "role": OMEGA, "weight_decay": weight_decay, "ratio": ratio},
             {"params": [p for _, p in theta], "role": THETA, "weight_decay": 0.0},
         ]
-        super().__init__([group for group in groups if group["params"]], lr=0.0, fused=True)  # one kernel a step
+        super().__init__([group for group in groups if group["params"]], lr=0.0, fused=True)  # one kernel per step
         self.active: frozenset[str] = frozenset((OMEGA, THETA))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One AdamW step of the active groups among those that are here now."""
+        """One AdamW step of the active groups, among those present now."""
         everything = self.param_groups
         self.param_groups = [group for group in everything if group["role"] in self.active]
         try:
@@ -54,12 +54,12 @@ class GroupedAdamW(torch.optim.AdamW):
             self.param_groups = everything
 
     def set_lr(self, omega: float, theta: float) -> None:
-        """Set the learning rates of the coming step."""
+        """Set the learning rates of the next step."""
         for group in self.param_groups:
             group["lr"] = theta if group["role"] == THETA else omega * group.get("ratio", 1.0)
 
     def materialise(self, masters: Iterable[torch.Tensor]) -> None:
-        """Give every master tensor its (zero) state now, so that a checkpoint finds the same whenever it is made."""
+        """Create the (zero) state of every master tensor, so that checkpoints always have the same tensors."""
         for tensor in masters:
             self.state[tensor] = {
                 "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
@@ -69,14 +69,14 @@ class GroupedAdamW(torch.optim.AdamW):
 
 
 class Alternation:
-    """Decides which parameters move. `requires_grad` and the optimizer's `active` change together, here only."""
+    """Decides which parameters are trained. `requires_grad` and the optimizer's `active` change together, only here."""
 
     def __init__(self, optimizer: GroupedAdamW, omega: Named, theta: Named) -> None:
         self.optimizer = optimizer
         self._parameters = {OMEGA: [p for _, p in omega], THETA: [p for _, p in theta]}
 
     def activate(self, *roles: str) -> None:
-        """Let the parameters of `roles` move, and nothing else."""
+        """Train the parameters of `roles`, and no others."""
         self.optimizer.active = frozenset(roles)
         for role, parameters in self._parameters.items():
             for parameter in parameters:
@@ -86,7 +86,7 @@ class Alternation:
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the first `warmup` share of `steps`, then linear decay that would reach 0 after the last.
 
-    `step` counts from 0. The first step already moves, and so does the last.
+    `step` counts from 0. The rate is positive in the first and in the last step.
     """
     climb = round(warmup * steps)
     if step < climb:

@@ -1,7 +1,8 @@
-"""Times real steps of a job in this process, so that a dry run need not assume a speed. Bounded; trains nothing.
+"""Times real steps of a job in this process, so that a dry run need not assume a speed. Limited in time; trains
+nothing.
 
-The first step reads the longest rows, which shows the most memory that a step takes; then steps of rows as they come
-are timed, at least two. Every part is skipped once the time is spent, and then worked out from the steps.
+The first step uses the longest rows, which shows a step's peak memory; then at least two steps on rows in order are
+timed. Parts for which no time is left are skipped and derived from the steps.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ if TYPE_CHECKING:
     from pedro.training.spec import FineTuneSpec
 
 BOUND_S = 60.0
-STEPS, FEW_SECONDS, MOST_STEPS = 2, 0.5, 10  # at least so many steps are timed, more of short ones
-SCORED_ROWS = 32  # that are timed at most: a batch
-MOST_PARAMETERS = 1_000_000_000  # that are timed on a CPU
-LOADING, TRAINED_BYTES = 1.5, 12  # times the weights while they load; a gradient and two moments of a parameter
+STEPS, FEW_SECONDS, MOST_STEPS = 2, 0.5, 10  # at least this many steps are timed, more if they are short
+SCORED_ROWS = 32  # timed at most: a batch
+MOST_PARAMETERS = 1_000_000_000  # timed on a CPU at most
+LOADING, TRAINED_BYTES = 1.5, 12  # peak of loading, relative to the weights; bytes of a gradient and two moments
 ROOM = 0.7  # of the free memory; the rest is for activations
 FORWARD_SHARE = 0.5  # of a step with a frozen backbone: as much again goes backward
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured: seconds of a step (Θ's share included), of a row validated and scored, and bytes.
+    """Measurements: seconds per step (with Θ's share), per validated and per scored row, and bytes.
 
-    `activation_bytes` is what a step on the longest rows took beside parameters, gradients and the optimizer's state,
-    or what loading took for a moment where that is more; None where the system does not tell.
+    `activation_bytes` is what a step on the longest rows needed besides parameters, gradients and optimizer state, or
+    the temporary memory of loading if that is more; None if the system does not report it.
     """
 
     per_step: float
@@ -41,7 +42,7 @@ class Calibration:
     activation_bytes: int | None
     steps: int
     rows: int
-    """Rows of a timed step; where they are fewer than a batch has, `per_step` is scaled up."""
+    """Rows of a timed step; if fewer than in a batch, `per_step` is scaled up."""
 
 
 def calibrate(
@@ -55,11 +56,11 @@ def calibrate(
     bound_s: float = BOUND_S,
     in_pieces: bool = False,
 ) -> Calibration | str:
-    """Measure, or say why that cannot be.
+    """Measure, or return why that is impossible.
 
-    Here the backbone is loaded whole; `in_pieces` says that the job's workers do not, so what that takes is not theirs.
-    `parameters` of the model with its adapter, of which so many are `trained`; `row_s` is a guess of a row's part of a
-    step: by it a batch that would take too long is cut to fewer rows.
+    Here the backbone is loaded whole; `in_pieces` says that the job's workers do not, so its memory is not counted for
+    them. `parameters` is the size of the model with its adapter, `trained` how many are trained; `row_s` is an estimate
+    of a row's share of a step, by which batches that would take too long are reduced.
     """
     import torch
 
@@ -69,11 +70,11 @@ def calibrate(
     if on_gpu and not torch.cuda.is_available():
         return "there is no GPU here"
     if not on_gpu and parameters > MOST_PARAMETERS:
-        return f"{parameters / 1e9:.1f} billion parameters are not loaded to be timed on a CPU"
+        return f"{parameters / 1e9:.1f} billion parameters are too many to time on a CPU"
     needed = int(LOADING * parameters * BYTES[spec.training.precision]) + TRAINED_BYTES * trained
     free = available_memory()
     if free is not None and needed > ROOM * free:
-        return f"it takes {needed / 1e9:.1f} GB, too much for the {free / 1e9:.1f} GB that are free here"
+        return f"it needs {needed / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB that are free here"
     share = max(1, batch_size // spec.resources.workers)
     rows = max(1, min(share, int(bound_s / 2 / (4 * row_s)))) if row_s > 0 else share
     threads = torch.get_num_threads()
@@ -85,7 +86,7 @@ def calibrate(
 
 
 def _alone(spec: FineTuneSpec, rows: int) -> FineTuneSpec:
-    """One worker's share of the job, or less of it, by one worker."""
+    """One worker's share of the job, or less, run in this process."""
     accumulation = min(spec.training.gradient_accumulation, rows)
     return spec.model_copy(
         update={
@@ -96,7 +97,7 @@ def _alone(spec: FineTuneSpec, rows: int) -> FineTuneSpec:
 
 
 class _Calibrator:
-    """One measurement. `share` is how many rows a worker has of a batch, of which the spec may hold fewer."""
+    """One measurement. `share` is the number of rows of a batch per worker, of which the data may have fewer."""
 
     def __init__(self, spec: FineTuneSpec, cache: Path, share: int, bound_s: float, in_pieces: bool) -> None:
         from pedro.training.context import build_context
@@ -115,7 +116,7 @@ class _Calibrator:
         context, plan, data = self.context, self.context.plan, self.context.data
         rows = plan.batch_size
         if self._spent():
-            return "loading the backbone took all of the time"
+            return "loading the backbone took all the time"
         context.engine.mode(training=True)
         roles = ((OMEGA, data.train, 1.0), (THETA, data.theta, 1 / plan.theta_every))[: 1 + plan.bilevel]
         activations = self._longest(rows, OMEGA if plan.bilevel else None)
@@ -160,7 +161,7 @@ class _Calibrator:
             torch.cuda.synchronize()
 
     def _longest(self, count: int, role: str | None) -> int | None:
-        """A step on the longest rows; what it took beside what stands in memory before and after it."""
+        """A step on the longest rows; returns its temporary memory."""
         import torch
 
         train = self.context.data.train
@@ -170,7 +171,7 @@ class _Calibrator:
             key=lambda place: -max(len(row["input_ids"]) for row in sequences([train[place]])),
         )
         self._activate(role)
-        self._step([train[order[-1]]] * max(1, self.context.plan.accumulation), 0)  # what is made once is there by now
+        self._step([train[order[-1]]] * max(1, self.context.plan.accumulation), 0)  # after one-time allocations
         longest = [train[place] for place in order[:count]]
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -184,7 +185,7 @@ class _Calibrator:
         return max(0, peak_memory() - before) if told and before else None
 
     def _timed(self, stream: RowStream) -> tuple[float, int]:
-        """Mean seconds of a step on the stream's batches, and how many were timed."""
+        """Mean seconds per step on the stream's batches, and how many were timed."""
         started, count = time.perf_counter(), 0
         while count < STEPS or (count < MOST_STEPS and time.perf_counter() - started < FEW_SECONDS):
             if count and self._spent():
@@ -206,7 +207,7 @@ class _Calibrator:
         return (time.perf_counter() - started) / len(some)
 
     def _scored(self, forward: float) -> float:
-        """A row's answer is generated token by token, and its loss taken."""
+        """Seconds to generate a row's answer and compute its loss."""
         _, scored = self.context.scored_rows()
         if scored is None:
             return 0.0
@@ -214,7 +215,7 @@ class _Calibrator:
         if not count or self._spent():
             return 3 * forward
         self.context.engine.mode(training=False)
-        first = self._score_s([scored[0]])  # what is made once is there by then
+        first = self._score_s([scored[0]])  # one-time allocations are done after it
         left = self._end - time.perf_counter()
         count = max(1, min(count, int(left / first) if first > 0 else count))
         return self._score_s([scored[place] for place in range(count)]) / count

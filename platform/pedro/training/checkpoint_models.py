@@ -1,6 +1,6 @@
-"""Checkpoints of a running job as models, the workers' part: an adapter beside what the run resumes from.
+"""Checkpoints of a running job as models, the workers' part: saves an adapter beside the checkpoint.
 
-The driver makes a version of it (`checkpoint_versions.py`).
+The driver makes it a version (`checkpoint_versions.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class CheckpointModels:
-    """Saves one job's checkpoints as adapters; every worker calls it alike. What fails is told; training goes on."""
+    """Saves one job's checkpoints as adapters; called on every worker. Failures are logged; training continues."""
 
     def __init__(self, context: TrainingContext, say: Callable[[str], None]) -> None:
         self._context, self._say = context, say
-        self._off = trains_backbone(context.model)  # a whole model is not served beside others
+        self._off = trains_backbone(context.model)  # whole models are not served
 
     def save(self, state: TrainState, directory: Path) -> dict[str, Any] | None:
         """The adapter of a checkpoint that was validated just now, and what the driver is to tell of it, which stands
@@ -46,7 +46,7 @@ class CheckpointModels:
             (directory.parent / MADE).write_text(json.dumps(made))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the training is worth more
             if group.rank == 0:
-                self._say(f"the checkpoint of step {state.step:,} is no model: {error}")
+                self._say(f"the checkpoint of step {state.step:,} was not saved as a model: {error}")
             return None
         finally:
             self._context.engine.mode(training=True)

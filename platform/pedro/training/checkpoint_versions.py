@@ -1,7 +1,7 @@
-"""Checkpoints of a running job as versions, which its driver makes: the last few of a job and its best.
+"""Checkpoints of a running job as versions, created by its driver: the last few of a job and its best.
 
-Such a version is like any other, with a run of its own below the job's; what its gate says names the job and the step.
-No alias moves to it by itself, it goes when newer ones come, and at the latest with the row of its job.
+Such a version is like any other, with its own run below the job's; its gate field names the job and the step. No alias
+moves to it automatically. It is deleted when newer ones are created, and at the latest with its job's row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from pedro.store import JobEvent
 
 LAST = 3
-"""So many are kept beside the best one, as OpenAI keeps them."""
+"""How many are kept besides the best one, as at OpenAI."""
 
 
 def publish(
     registry: Registry, ref: ModelRef, job_id: str, run_id: str, directory: Path, made: Mapping[str, Any]
 ) -> None:
-    """Make a version of a checkpoint's adapter; `made` is what `CheckpointModels.save` returned, `run_id` the job's.
+    """Register a checkpoint's adapter as a version; `made` is the result of `CheckpointModels.save`, `run_id` the
+    job's.
 
     Each step is told of once: a job that went back behind a damaged checkpoint comes by a step again, with the same
     bits, and a driver takes up what the one before it may have published.
@@ -57,7 +58,8 @@ def _told(registry: Registry, job_id: str) -> list[JobEvent]:
 
 
 def drop_old(registry: Registry, name: str, job_id: str, best_step: int) -> None:
-    """Delete a job's checkpoints but the last few and the best; what an alias names, or a job goes on from, stays."""
+    """Delete a job's checkpoints except the last few, the best, and those with an alias or from which a job
+    continues."""
     found = {}
     for version in registry.versions(name):
         if (of := checkpoint_of(version.gate)) is not None and of.job_id == job_id:

@@ -1,9 +1,9 @@
-"""A run's checkpoint on disk: what is trained, what the optimizer remembers, where the loop stands. No backbone.
+"""A run's checkpoint on disk: trained parameters, optimizer state, train state. Without the backbone.
 
 Safetensors and JSON only, written by each worker into its own files of one directory:
 `rank<N>.safetensors` (its optimizer's tensors), and by rank 0 `parameters.safetensors`, `best.safetensors`,
 `progress.json` and, where the method has a training hook, `companion.safetensors`; beside them `rank<N>.digests.json`,
-by which damage is found. Random numbers and the order of rows are functions of the step, so they need no place here.
+by which damage is detected. Random numbers and the order of rows are functions of the step, so they are not stored.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pedro.training.loop import TrainState
 if TYPE_CHECKING:
     from pedro.training.worker_group import WorkerGroup
 
-HOOK = "companion.safetensors"  # the hook's state; the name is that of checkpoints made so far
+HOOK = "companion.safetensors"  # the hook's state; the name is kept for existing checkpoints
 PARAMETERS, BEST, PROGRESS = "parameters.safetensors", "best.safetensors", "progress.json"
 
 
 class DamagedCheckpoint(TrainingError):
-    """What lies there is not what was written; the checkpoint before it may do."""
+    """The files differ from what was written; an earlier checkpoint may be usable."""
 
 
 def write_checkpoint(
@@ -71,10 +71,11 @@ def write_checkpoint(
 def read_checkpoint(
     directory: Path, engine: StepEngine, group: WorkerGroup
 ) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Load a checkpoint into the engine; the train state, and on rank 0 the best parameters so far.
+    """Load a checkpoint into the engine. Returns the train state, and on rank 0 the best parameters so far.
 
-    Raises DamagedCheckpoint on every worker, and loads nothing, if a file is gone or not what was written. An OSError
-    that may pass (a stale handle, no permission) says nothing about the files: it is raised as it is, for another try.
+    Raises DamagedCheckpoint on every worker, and loads nothing, if a file is missing or differs from what was written.
+    A possibly temporary OSError (a stale handle, no permission) says nothing about the files: it is raised unchanged,
+    so that loading is retried.
     """
     mine = f"rank{0 if engine.replicated() else group.rank}"
 
@@ -93,7 +94,7 @@ def read_checkpoint(
     progress, files = group.together(read)
     world = progress.pop("world")
     assert engine.replicated() or world == group.world, (
-        f"a checkpoint of {world} workers cannot be resumed by {group.world}"
+        f"a checkpoint of {world} workers cannot be resumed with {group.world}"
     )
     with engine.gathered():
         for name, parameter in engine.parameters:
@@ -106,13 +107,13 @@ def read_checkpoint(
 
 
 def _check(directory: Path, rank: str) -> None:
-    """Raise ValueError unless a worker's files are those that it wrote. Earlier releases wrote no digests."""
+    """Raise ValueError unless a worker's files are as it wrote them. Earlier releases wrote no digests."""
     path = directory / f"{rank}.digests.json"
     if not path.is_file():
         return
     for name, digest in json.loads(path.read_text()).items():
         if _digest(directory / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} differs from what was written")
 
 
 def _digest(path: Path) -> str:
@@ -121,10 +122,9 @@ def _digest(path: Path) -> str:
 
 
 def cannot_write(what: str, target: Path | str, error: Exception) -> TrainingError:
-    """The error for a disk that is full or read-only."""
+    """The error for a full or read-only disk."""
     reason = getattr(error, "strerror", None) or error
     return TrainingError(
-        f"{what}: cannot be written to {target} ({reason}); free some space or set PEDRO_STORAGE to a place "
-        "that has it",
+        f"{what}: cannot be written to {target} ({reason}); free some space or set PEDRO_STORAGE to another place",
         param="PEDRO_STORAGE",
     )

@@ -1,4 +1,4 @@
-"""Puts together what a worker trains: backbone, method, engine, rows, plan. Imports neither Ray nor a registry."""
+"""Assembles what a worker trains: backbone, method, engine, rows, plan. Imports neither Ray nor a registry."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MakeEngine = Callable[[nn.Module, GroupedAdamW, Named], StepEngine]
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """One worker's half of a run; every worker builds the same."""
+    """Everything that one worker needs for a run; every worker builds the same."""
 
     spec: FineTuneSpec
     backbone: Backbone
@@ -51,7 +51,7 @@ class TrainingContext:
     trainable_parameters: int
 
     def scored_rows(self) -> tuple[str, Dataset | None]:
-        """The rows of the gate, and whether they are test, validation or none."""
+        """The rows of the gate, and their split: test, validation or none."""
         return self.prepared.scored(self.spec.gate.max_rows)
 
 
@@ -64,7 +64,7 @@ def build_context(
     bare: nn.Module | None = None,
     tell: Tell = lambda _text: None,
 ) -> TrainingContext:
-    """Load and build everything; `make_engine` as `torch_engine` or `deepspeed_engine` of the same spec return it.
+    """Load and build everything; `make_engine` is what `torch_engine` or `deepspeed_engine` returns for the same spec.
 
     `parent` is the saved adapter whose weights the new one starts with; `bare` is the backbone, where it is loaded;
     `tell` hears of what takes long.
@@ -84,7 +84,7 @@ def build_context(
     engine.hook = method.training_hook(model, spec.method.options, plan.steps)
     if engine.hook is not None and spec.resources.zero_stage:
         raise ConfigError(
-            f"resources.zero_stage: {method.name} changes its parameters between steps, which ZeRO shards; use 0",
+            f"resources.zero_stage: {method.name} changes parameters between steps, which ZeRO does not support; use 0",
             param="resources.zero_stage",
         )
     data = Data(
@@ -109,13 +109,13 @@ def build_context(
 
 
 def make_optimizer(spec: FineTuneSpec, method: Method, omega: Named, theta: Named) -> GroupedAdamW:
-    """The spec's optimizer. Raises ConfigError for a rate of b_up where the method has none."""
+    """The spec's optimizer. Raises ConfigError if a rate is set for b_up, but the method has none."""
     training = spec.training
     if training.b_up_lr_ratio is None:
         return GroupedAdamW(omega, theta, weight_decay=training.weight_decay)
     if not any(method.is_b_up(name) for name, _ in omega):
         raise ConfigError(
-            f"training.b_up_lr_ratio: {method.name} has no b_up, which PEDRO and PARA have; leave it out",
+            f"training.b_up_lr_ratio: {method.name} has no b_up (only PEDRO and PARA do); leave it out",
             param="training.b_up_lr_ratio",
         )
     return GroupedAdamW(
@@ -128,11 +128,11 @@ def make_optimizer(spec: FineTuneSpec, method: Method, omega: Named, theta: Name
 
 
 def check_reference(spec: FineTuneSpec, model: nn.Module) -> None:
-    """Raise ConfigError where the objective needs the backbone as it was, and the method changes it."""
+    """Raise ConfigError if the objective needs the original backbone but the method changes it."""
     if spec.beta is not None and trains_backbone(model):
         raise ConfigError(
-            f"objective: dpo compares the adapter with its backbone, which {spec.method.name} with these options "
-            "trains itself; take a method that leaves it frozen",
+            f"objective: dpo compares the adapter with its backbone, but {spec.method.name} with these options "
+            "trains the backbone; use a method that keeps it frozen",
             param="objective",
         )
 
@@ -157,17 +157,17 @@ def torch_engine(spec: FineTuneSpec) -> MakeEngine:
 
 
 def engine_for(spec: FineTuneSpec) -> MakeEngine:
-    """The engine that a job trains with, over the process group that is up: DeepSpeed's where there is work for it."""
+    """The engine for a job, over the current process group: DeepSpeed's if it is needed."""
     return deepspeed_engine(spec) if needs_deepspeed(spec) else torch_engine(spec)
 
 
 def needs_deepspeed(spec: FineTuneSpec) -> bool:
-    """Whether there is work for DeepSpeed; plain torch makes the same steps without its libraries."""
+    """Whether DeepSpeed is needed; plain torch makes the same steps without its libraries."""
     return spec.resources.workers > 1 or spec.resources.zero_stage > 0 or _trains_in_bf16(spec)
 
 
 def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
-    """DeepSpeed over the process group that is up."""
+    """DeepSpeed over the current process group."""
     config = _deepspeed_config(spec)
 
     def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
@@ -194,12 +194,12 @@ def _deepspeed_config(spec: FineTuneSpec) -> dict[str, Any]:
 
 
 def _trains_in_bf16(spec: FineTuneSpec) -> bool:
-    """Whether what is trained is in bf16 itself, and needs float32 masters."""
+    """Whether the trained parameters are bf16 and need float32 masters."""
     return spec.method.name == "full" and spec.training.precision == "bf16"
 
 
 def device_of(spec: FineTuneSpec) -> str:
-    """Where the job's tensors are."""
+    """The device of the job's tensors."""
     return "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
 
 
@@ -210,20 +210,20 @@ def _prepare(spec: FineTuneSpec, cache: Path, tell: Tell) -> tuple[Backbone, Tok
     method.config(load_config(backbone), spec.method.options)  # before rows are tokenised
     if method.reads_weights and spec.resources.zero_stage == 3:
         raise ConfigError(
-            f"resources.zero_stage: {method.name} reads the backbone's weights, which stage 3 shards; use at most 2",
+            f"resources.zero_stage: {method.name} needs the whole backbone, which stage 3 shards; use at most 2",
             param="resources.zero_stage",
         )
     return backbone, tokenizer, prepare_data(spec, backbone, tokenizer, cache, tell)
 
 
 def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -> nn.Module:
-    """The frozen backbone; with ZeRO-3 this worker's share of it, wherever its files can be read in pieces."""
+    """The frozen backbone; with ZeRO-3 only this worker's share, if the files can be read in pieces."""
     dtype, device = DTYPES[spec.training.precision], device_of(spec)
     if spec.resources.zero_stage < 3 or not group.together(lambda: can_be_cut(backbone)):
         return group.together(lambda: load_model(backbone, dtype, device))
     from pedro.training.ds_engine import partitioning, pieces
 
-    return_freed_memory_at_once()  # or what tensors took while they were whole would stay the process's
+    return_freed_memory_at_once()  # otherwise memory of whole tensors would stay allocated
     model = load_in_pieces(backbone, dtype, torch.device(device), partitioning(_deepspeed_config(spec)))
     group.together(lambda: fill(backbone, pieces(model)))
     return model

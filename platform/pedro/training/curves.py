@@ -1,4 +1,4 @@
-"""The curves of a run: what a worker takes of the machine beside what it tells of training, and where a point goes."""
+"""The curves of a run: adds a worker's use of the machine to its training metrics, and records points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def log_point(registry: Registry, run_id: str, job_id: str, step: int, values: Mapping[str, float]) -> None:
-    """Send a point to the run, what a job's followers read of it to its events, and when it should end to its row."""
+    """Write a point to the run, its public part to the job's events, and the estimated end to the job's row."""
     from pedro.training.loop import SECONDS_LEFT
 
     if SECONDS_LEFT in values:
@@ -26,8 +26,8 @@ def log_point(registry: Registry, run_id: str, job_id: str, step: int, values: M
 
 
 def system_metrics() -> dict[str, float]:
-    """What this process takes of the machine: resident memory and its peak, processor use since the last call, and the
-    peak of GPU memory.
+    """This process's use of the machine: resident memory and its peak, CPU use since the last call, and peak GPU
+    memory.
     """
     import torch
 

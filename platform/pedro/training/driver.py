@@ -1,4 +1,4 @@
-"""The process around a job or a sweep: its lines for people, its result, and how it fails.
+"""The process of a job or sweep: its log lines, its result, and its errors.
 
 The last line on standard output is the result as one JSON object; a failure is one line on standard error that begins
 with `error: `, and exit code 1.
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: OwnRecord | None = None) -> int:
-    """Run `work`, print its result or what went wrong, and enter the end into `record`; the exit code.
+    """Run `work`, print its result or error, and write the end to `record`; returns the exit code.
 
-    `what` is a job or a sweep; `remedy` is what to do when it broke for a reason that is not the user's.
+    `what` is a job or a sweep; `remedy` is what to do after an internal error.
     """
     try:
         result = work()
@@ -36,10 +36,10 @@ def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: Ow
         if record:
             record.stopped()
         return fail(f"the {what} was stopped")
-    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for people, the rest for the log
+    except Exception as error:  # noqa: BLE001 - the edge of the process: one line for users, the rest for the log
         for line in traceback.format_exc().splitlines():
             print(f"(driver pid={os.getpid()}) {line}", file=sys.stderr)
-        broke = f"the {what} broke ({type(error).__name__}); {remedy}"
+        broke = f"the {what} failed unexpectedly ({type(error).__name__}); {remedy}"
         if record:
             record.failed(broke)
         return fail(broke)
@@ -50,25 +50,25 @@ def drive(work: Callable[[], dict[str, Any]], what: str, remedy: str, record: Ow
 
 
 def fail(message: str) -> int:
-    """Print the one line of a failure; the exit code."""
+    """Print the line of a failure; returns the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 1
 
 
 def log_line(line: str) -> None:
-    """Print a line at once: whoever follows the job reads it now."""
+    """Print a line without buffering, for those who follow the job."""
     print(line, flush=True)
 
 
 def log_beside(line: str) -> None:
-    """Print a line that is no part of the result, whose place on standard output is the last."""
+    """Print a line before the result, which is the last one on standard output."""
     print(line, file=sys.stderr, flush=True)
 
 
 def connect_driver(log_to_driver: bool = True) -> None:
-    """Join the cluster that runs this as a job, or the one of RAY_ADDRESS, or (with neither) start one that ends here.
+    """Join the cluster that runs this as a job, or that of RAY_ADDRESS, or (with neither) start a temporary one.
 
-    Ray Train's own actors look the cluster up by RAY_ADDRESS; without it they search this host and may find another.
+    Ray Train's actors find the cluster by RAY_ADDRESS; without it they search this host and may find another one.
     """
     import ray
 

@@ -1,7 +1,7 @@
 """A dry run for the gateway: a job's spec as JSON on standard input, one line of JSON on standard output.
 
-The spec is looked at as a controller looks at a job's, and estimated as `pedro submit --dry-run --no-calibrate` does:
-nothing is timed, since the host serves meanwhile. `python -m pedro.training.dry_run_process`.
+The spec is validated as by a controller, and estimated as by `pedro submit --dry-run --no-calibrate`: without timing,
+since the host also serves. `python -m pedro.training.dry_run_process`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pedro.training.sweep.variants import planned_count
 
 
 def answer(fields: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """`{"report": …}`, without the spec, which names places of this host; or the `{"error": …}` of the job.
+    """`{"report": …}`, without the spec, which contains paths of this host; or the `{"error": …}` of the job.
 
-    Of a sweep it is one trial with the job's own settings, and how many there are."""
+    For a sweep the report is of one trial with the job's own settings, and the number of trials."""
     from pedro.training.estimate import dry_run
 
     try:

@@ -1,8 +1,8 @@
-"""The DeepSpeed configuration of a job. Imports nothing of DeepSpeed.
+"""The DeepSpeed configuration of a job. Does not import DeepSpeed.
 
-The frozen backbone already has the dtype it computes in, and adapter parameters are float32: DeepSpeed then needs no
-`bf16` block, and must not have one, since it would round the adapter's own parameters (Θ above all) to bf16. Only
-`full` in bf16, where the backbone itself is trained, asks for DeepSpeed's bf16 with float32 masters.
+The frozen backbone already has its compute dtype, and adapter parameters are float32: the configuration must not have a
+`bf16` block, since it would round the adapter's parameters (above all Θ) to bf16. Only `full` in bf16, which trains the
+backbone itself, uses DeepSpeed's bf16 with float32 masters.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    slice_rows: nominal rows of one worker's slice; only DeepSpeed's own throughput numbers use it.
-    bf16_masters: the trained parameters themselves are bf16 (method `full` with precision bf16).
+    slice_rows: nominal rows of one worker's slice; only used by DeepSpeed's throughput numbers.
+    bf16_masters: the trained parameters are bf16 (method `full` with precision bf16).
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": slice_rows,
@@ -40,7 +40,7 @@ def deepspeed_config(
     if stage == 3:
         # Small adapter parameters are partitioned like the rest: one rule for saving, whatever their size.
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "round_robin_gradients": False}
-        if not on_gpu:  # nothing is fetched while something else is computed: a tensor is whole while it is used alone
+        if not on_gpu:  # no prefetching: a tensor is only gathered while it is used
             none_longer = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
             config["zero_optimization"] |= dict.fromkeys(none_longer, 0)
     if bf16_masters:

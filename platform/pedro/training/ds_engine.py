@@ -1,8 +1,8 @@
 """The loop's engine on DeepSpeed: ZeRO 0 to 3 over any number of workers. The only file that imports DeepSpeed.
 
-The process group must be up (Ray Train brings it up, tests do it by hand). DeepSpeed averages gradients over workers;
-the loss that comes in is already divided by the tokens of all workers, so it is multiplied by the number of workers
-first. Stage and number of workers are invisible in the result.
+The process group must exist (Ray Train creates it, tests do so by hand). DeepSpeed averages gradients over workers; the
+loss passed in is already divided by the tokens of all workers, so it is multiplied by the number of workers first. The
+result does not depend on the stage or the number of workers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         self._sharded = bool(self._stage) or "bf16" in config
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints what memory it takes
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory statistics
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
@@ -70,7 +70,7 @@ class DeepSpeedEngine:
     def gathered(self) -> AbstractContextManager[None]:
         if self._stage < 3:
             return nullcontext()
-        # modifier_rank: what rank 0 wrote is what every partition keeps
+        # modifier_rank: every partition keeps what rank 0 wrote
         gathered: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
             [p for _, p in self.parameters], modifier_rank=0
         )
@@ -87,23 +87,23 @@ class DeepSpeedEngine:
 
 @contextmanager
 def partitioning(config: dict[str, Any]) -> Iterator[None]:
-    """Within it, each module's parameters are sharded over the workers as soon as the module is made (ZeRO-3)."""
+    """Within this context, a module's parameters are sharded over the workers when it is created (ZeRO-3)."""
     deepspeed = import_deepspeed()
-    with deepspeed.zero.Init(config_dict_or_path=deepcopy(config), tensor_overrides=()):  # dtypes stay the model's own
+    with deepspeed.zero.Init(config_dict_or_path=deepcopy(config), tensor_overrides=()):  # keep the model's dtypes
         yield
 
 
 def pieces(model: nn.Module) -> Iterator[Piece]:
-    """This worker's piece of each parameter that was made within `partitioning`."""
+    """This worker's piece of each parameter created within `partitioning`."""
     for name, parameter in model.named_parameters():
         shard: Any = parameter
         yield Piece(name, shard.ds_numel, shard.ds_zero_partition_rank * shard.ds_tensor.numel(), shard.ds_tensor)
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, with a process group of its own around torch's, and without compiling anything.
+    """DeepSpeed without log output and compilation, with its process group around torch's.
 
-    Its CPU communication kernel would be built with g++ on first use (minutes, or a failure without a compiler).
+    Its CPU communication kernel would be built with g++ on first use, which takes minutes or fails without a compiler.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

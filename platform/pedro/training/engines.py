@@ -1,7 +1,7 @@
-"""What the loop drives: one model, one GroupedAdamW, gradients of all workers summed. torch only.
+"""The loop's engines: one model, one GroupedAdamW, gradients summed over all workers. torch only.
 
-`StepEngine` is the contract. `TorchEngine` is one process without DeepSpeed: the reference that the others must
-equal, and all that a box with nothing but torch needs. `ds_engine.py` has the other.
+`StepEngine` is the interface. `TorchEngine` is a single process without DeepSpeed: the reference for the others, and
+sufficient on a machine with nothing but torch. The other one is in `ds_engine.py`.
 """
 
 from __future__ import annotations
@@ -23,40 +23,41 @@ if TYPE_CHECKING:
 
 
 class StepEngine(Protocol):
-    """One optimizer step is: for every slice `backward(forward(...))` and `step()`, of which the last one moves."""
+    """One optimizer step is `backward(forward(...))` and `step()` for every slice; the last `step` updates
+    parameters."""
 
     rank: int
     world: int
     device: torch.device
     optimizer: GroupedAdamW
     parameters: Named
-    """The trainable parameters by name; under ZeRO-3 their data is only there inside `gathered()`."""
+    """The trainable parameters by name; under ZeRO-3 their data are only available inside `gathered()`."""
     hook: TrainingHook | None
-    """What a method does between steps, for those that change their shape while they train."""
+    """The method's hook between steps, for methods whose shape changes during training."""
 
     def clock(self) -> float:
-        """Seconds of this worker that the run has had, from any beginning."""
+        """Worker seconds used by the run, from an arbitrary start."""
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] at the N marked `positions` ([B, T], bool) of the batch, row after row."""
+        """Logits [N, V] at the N marked `positions` ([B, T], bool) of the batch, row by row."""
 
     def bare(self) -> AbstractContextManager[None]:
-        """Within it, `forward` is that of the backbone without its adapter, evaluated."""
+        """Within this context, `forward` is that of the backbone without its adapter, in evaluation mode."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of `loss`; those of all workers and slices add up, without any averaging."""
+        """Accumulate the gradients of `loss`; they are summed over all workers and slices, not averaged."""
 
     def step(self) -> None:
-        """After each `backward`; after the last slice of a batch it clips, steps and clears the gradients."""
+        """Call after each `backward`; after the last slice of a batch it clips, updates and clears the gradients."""
 
     def mode(self, training: bool) -> None:
         """Switch between training and evaluation."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Within it, every worker reads and may (equally) write the whole data of `parameters`."""
+        """Within this context, every worker can read, and identically write, the whole data of `parameters`."""
 
     def masters(self) -> Sequence[torch.Tensor]:
-        """The tensors that this worker's optimizer steps: parameters, or this worker's partition of them."""
+        """The tensors updated by this worker's optimizer: parameters, or its partition of them."""
 
     def replicated(self) -> bool:
         """Whether every worker's `masters` are the same."""
@@ -133,9 +134,9 @@ def packed_logits(
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Within it, `model` is its backbone, evaluated. What trains and what does not is as before afterwards.
+    """Within this context, `model` acts as its backbone, in evaluation mode. Afterwards `requires_grad` is restored:
 
-    PEFT makes every parameter of an adapter trainable when it turns it on again, those too that rest in this step.
+    PEFT makes all parameters of an adapter trainable when it is enabled again, including those frozen in this step.
     """
     training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
@@ -149,7 +150,7 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def optimizer_tensors(engine: StepEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Everything that a worker's optimizer remembers, named by place: masters, moments and step counts."""
+    """The state of a worker's optimizer by position: masters, moments and step counts."""
     for index, master in enumerate(engine.masters()):
         yield f"{index}.master", master
         for name, tensor in sorted(engine.optimizer.state[master].items()):

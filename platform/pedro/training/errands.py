@@ -1,7 +1,7 @@
-"""What a job's driver does for its workers: it alone writes to MLflow and the database, and fetches adapters there.
+"""The driver's work for its workers: only the driver writes to MLflow and the database, and fetches adapters there.
 
-Runs where Ray Train's controller does, which looks after the workers five times a second: in the job's driver, of a
-sweep's trial in an actor on the same host.
+Runs in the same process as Ray Train's controller, which polls the workers five times a second: in the job's driver,
+for a sweep's trial in an actor on the same host.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from pedro.training.waiting_checkpoints import WaitingCheckpoint
 
 LOOK_S, CURVES_S, ANSWERS_S, MODELS_S = 5.0, 60.0, 5.0, 600.0
-"""How long the last look into the outbox may take, and what is left to do then. No worker waits by then."""
+"""Time limit for the last poll of the outbox and the remaining work. No worker waits by then."""
 
 
 class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
-    """Of one run. What fails is told, or answered to who asked; the training goes on."""
+    """The errands of one run. Failures are logged or sent as answers; training continues."""
 
     def __init__(self, settings: Settings, model: ModelRef, run_id: str, job_id: str) -> None:
-        """`model` is the adapter that is trained."""
+        """`model` is the adapter being trained."""
         self._settings, self._model, self._run_id, self._job_id = settings, model, run_id, job_id
         self._registry = Registry.open(settings)
-        # apart: neither a slow tracking server nor checkpoints that are published keep a question waiting
+        # separate threads: neither a slow tracking server nor publishing a checkpoint delays an answer
         self._curves = Background("a point of the curves is lost")
         self._answers = Background("an answer to a worker is lost")
-        self._models = Background("a checkpoint is no model")
+        self._models = Background("a checkpoint was not saved as a model")
         self._underway: set[int] = set()
-        """Questions of the present worker that are being answered: it may ask again meanwhile."""
+        """Questions of the current worker being answered: it may repeat them meanwhile."""
         self._worker: Any = None
         self._run = join(settings.storage, "runs", job_id)
         self._began = False
         self._looked = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For the controller of a trial; no password travels."""
+        """Pickled for the controller of a trial, without passwords."""
         return _again, (self._settings.env(), self._model, self._run_id, self._job_id)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -66,11 +66,11 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         self._looked.set()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        if self._looked.is_set():  # one look at a time
+        if self._looked.is_set():  # one poll at a time
             self._look()
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """What the workers left last; those that were lost have nothing more."""
+        """Handle the workers' last messages; lost workers have none."""
         if self._looked.wait(LOOK_S):
             self._look()
             self._looked.wait(LOOK_S)
@@ -88,7 +88,8 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         self.publish_from(Checkpoint(f"{kept.path}/{ADAPTER}", kept.filesystem).to_directory, made)
 
     def publish_from(self, copy_to: Callable[[Any], object], made: Mapping[str, Any]) -> None:
-        """Copy a checkpoint's adapter with `copy_to`, which takes a directory, and begin to make a version of it."""
+        """Copy a checkpoint's adapter with `copy_to`, which takes a directory, and start registering it as a
+        version."""
         try:
             kept = waiting_checkpoints.keep(self._run, copy_to, made)
         except Exception as error:  # noqa: BLE001 - whatever the storage raises, or a full disk
@@ -119,13 +120,13 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         looking.add_done_callback(partial(self._found, self._worker))
 
     def _found(self, worker: Any, looking: Future[list[outbox.CurvePoint | outbox.WorkerQuestion]]) -> None:
-        with suppress(Exception):  # a worker that was lost, which Ray Train notices by itself
+        with suppress(Exception):  # a lost worker, which Ray Train notices by itself
             for item in looking.result():
                 self.do(item, partial(worker.execute_async, outbox.answer))
         self._looked.set()
 
     def do(self, item: outbox.CurvePoint | outbox.WorkerQuestion, reply: Callable[[int, Any], object]) -> None:
-        """Begin what one of a worker's messages asks for; `reply` takes a question's number and the answer."""
+        """Start handling a worker's message; `reply` takes a question's number and the answer."""
         if isinstance(item, outbox.CurvePoint):
             self._curves.do(partial(self._log, item))
         elif item.number not in self._underway:
@@ -133,7 +134,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
             self._answers.do(partial(self._answer, reply, item))
 
     def close(self) -> None:
-        """Do what is left."""
+        """Finish the remaining work."""
         self._curves.close(CURVES_S)
         self._answers.close(ANSWERS_S)
         self._models.close(MODELS_S)
@@ -146,15 +147,15 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
             answer: Any = {outbox.THE_CHAMPION: self._champion}[question.about]()
         except PedroError as error:
             answer = error
-        except Exception as error:  # noqa: BLE001 - the worker waits: it must hear of whatever went wrong
+        except Exception as error:  # noqa: BLE001 - the waiting worker must get any error
             answer = UnavailableError(
-                f"the registry did not tell the {question.about} ({type(error).__name__}: {error})"
+                f"the registry did not return the {question.about} ({type(error).__name__}: {error})"
             )
         self._underway.discard(question.number)
         reply(question.number, answer)
 
     def _champion(self) -> HandedAdapter | None:
-        """The present one; None where there is none, and one without files where they cannot be had."""
+        """The current champion; None if there is none; without files if they are unavailable."""
         try:
             version = self._registry.get(self._model.name, CHAMPION)
         except NotFoundError:
@@ -170,4 +171,4 @@ def _again(settings: Mapping[str, str], model: ModelRef, run_id: str, job_id: st
 
 
 def _say_no_model(made: Mapping[str, Any], error: Exception) -> None:
-    print(f"the checkpoint of step {made['step']:,} is no model: {error}", flush=True)
+    print(f"the checkpoint of step {made['step']:,} was not saved as a model: {error}", flush=True)

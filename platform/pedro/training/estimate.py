@@ -1,7 +1,7 @@
-"""What a job would take, before it starts: parameters, memory by part, steps and time. Starts no cluster.
+"""Estimates a job before it starts: parameters, memory by part, steps and time. Starts no cluster.
 
-Counts are exact; what activations take and how long a step lasts are measured by a few real steps (`calibrate.py`), or
-else estimated, and the report says which.
+Counts are exact; activation memory and step time are measured in a few real steps (`calibrate.py`), or else estimated;
+the report says which.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pedro.training.prepare import PreparedData, make_training_plan, notes, prep
 if TYPE_CHECKING:
     from pedro.training.spec import FineTuneSpec
 
-# Measured with Ray 2 jobs of stories260K and pedro-nano, whose tensors take 2 and 10 MB: seconds beside training and
-# scoring, and resident memory of a worker. DeepSpeed's by ZeRO stage, 1 and 2 workers, on two cores that were busy.
+# Measured with Ray 2 jobs of stories260K and pedro-nano, whose tensors take 2 and 10 MB: seconds besides training and
+# scoring, and resident memory of a worker. DeepSpeed's by ZeRO stage, 1 and 2 workers, on two busy cores.
 STARTUP_S, DEEPSPEED_STARTUP_S = 14.0, 45.0
 PROCESS_BYTES = 650_000_000
 DEEPSPEED_PROCESS_BYTES = {0: 770_000_000, 1: 790_000_000, 2: 790_000_000, 3: 810_000_000}
 ROLES = {"theta": "theta (for the steps on Θ)"}
-DPO_READS = "two sequences a row; the backbone reads both first, of which two numbers are kept, then the adapter"
-ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only for what is not timed here
+DPO_READS = "two sequences per row; the backbone reads both first, which leaves two numbers, then the adapter"
+ASSUMED_FLOPS = {"cpu": 5e10, "gpu": 1e14}  # sustained; only used without timing
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class DryRun:
     tokens_per_row: float
     memory_bytes: dict[str, int]
     memory_from: str
-    """Whether what activations take was measured or is an estimate; the rest is counted."""
+    """Whether activation memory was measured or estimated; the rest is counted."""
     process_bytes: int
-    """What a worker's process takes beside its tensors: libraries, and DeepSpeed's own for a ZeRO stage."""
+    """Memory of a worker's process besides its tensors: libraries, including DeepSpeed's for a ZeRO stage."""
     steps: int
     optimizer_steps: int
     ends_by: str
-    """Which of `epochs` and `max_steps` ends training, unless it stops improving before."""
+    """Whether `epochs` or `max_steps` ends training, unless it stops improving earlier."""
     seconds_per_step: float
     seconds: float
     """Of the whole job: start-up, steps, validations, scoring."""
@@ -78,7 +78,7 @@ class DryRun:
             f"rows         {rows}; {self.tokens_per_row:.0f} tokens each",
             f"steps        {steps}",
             f"time         about {_duration(self.seconds)}: {parts}",
-            f"             {self.seconds_per_step:.3f} s a step, {self.time_from}",
+            f"             {self.seconds_per_step:.3f} s per step, {self.time_from}",
             f"memory       of each worker: {_size(tensors)} of tensors, "
             f"about {_size(tensors + self.process_bytes)} as a process",
         ]
@@ -90,15 +90,14 @@ class DryRun:
             lines.insert(2, f"objective    dpo, β {spec['dpo']['beta']:g}: {DPO_READS}")
         resources = spec["resources"]
         if resources["zero_stage"] == 3 and resources["workers"] > 1 and "gathered" not in self.memory_bytes:
-            lines.append("  each worker loads the whole backbone first: its files name other tensors than the model")
+            lines.append("  each worker loads the whole backbone first: its files contain other tensors than the model")
         return "\n".join([*lines, *(f"note         {note}" for note in self.notes)])
 
 
 def dry_run(spec: FineTuneSpec, calibrated: bool = True, bound_s: float = BOUND_S) -> DryRun:
-    """Resolve a spec completely, data and method options included, and say what it would take.
+    """Resolve a spec completely, data and method options included, and estimate the job.
 
-    `calibrated`: load the backbone and time steps, for about `bound_s` at most. Raises the same errors as the job
-    would.
+    `calibrated`: load the backbone and time steps, for about `bound_s` at most. Raises the job's errors.
     """
     backbone = resolve_backbone(spec.backbone)
     with tempfile.TemporaryDirectory() as cache:
@@ -117,7 +116,7 @@ def _estimate(
     method = get_method(spec.method.name)
     omega, theta = method.parameter_groups(model)
     check_reference(spec, model)
-    make_optimizer(spec, method, omega, theta)  # refuses what the job would refuse
+    make_optimizer(spec, method, omega, theta)  # raises the job's errors
     counts = count_parameters(model)
     frozen = counts["total"] - counts["trainable"]
     backbone_parameters = counts["total"] if method.name == "full" else frozen
@@ -153,7 +152,7 @@ def _estimate(
     else:
         per_step = per_worker * (1 + (1 / plan.theta_every if bilevel else 0))
         a_validated = a_scored = 2 * backbone_parameters * tokens / ASSUMED_FLOPS[device]
-        speed = f"{work:.1e} operations a step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
+        speed = f"{work:.1e} operations per step at an assumed {ASSUMED_FLOPS[device]:.0e}/s for each worker"
         time_from = f"from {speed}; not timed: {found}"
     rows = {"train": len(train)}
     if theta_rows is not None:
@@ -208,7 +207,7 @@ def _ends_by(spec: FineTuneSpec, steps: int) -> str:
 
 
 def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
-    """The model with its adapter, without memory behind its parameters."""
+    """The model with its adapter, without memory for its parameters."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -232,7 +231,7 @@ def _memory(
     """Bytes on each worker, by part."""
     training, resources = spec.training, spec.resources
     rows = -(-batch_size // (resources.workers * training.gradient_accumulation))
-    rows *= 1 if spec.beta is None else 2  # sequences; the reference's pass is over before theirs, and takes less
+    rows *= 1 if spec.beta is None else 2  # sequences; the reference's pass precedes theirs and needs less
     return training_memory(
         sizes,
         frozen=frozen,

@@ -1,4 +1,4 @@
-"""Adapters that a job's driver hands to its workers, who cannot fetch them: its parent, and the present champion."""
+"""Adapters that a job's driver copies for its workers, who cannot fetch them: the parent and the current champion."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pedro.registry import Registry, Version
     from pedro.training.spec import FineTuneSpec
 
-FOLDER = "handed"  # in the run's own
+FOLDER = "handed"  # in the run's folder
 
 
 @dataclass(frozen=True)
 class HandedAdapter:
-    """One version, and where its files lie for the job's workers."""
+    """One version, and the location of its files for the job's workers."""
 
     ref: str
     version: int
@@ -43,7 +43,7 @@ class HandedAdapter:
 
 
 def hand(version: Version, registry: Registry, settings: Settings, job_id: str) -> HandedAdapter:
-    """Lay a version where the workers of a job find it. Raises AdapterError and UnavailableError."""
+    """Copy a version to where the job's workers find it. Raises AdapterError and UnavailableError."""
     directory = registry.download(version)
     names = tuple(sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()))
     if settings.storage_in_home:  # on one host
@@ -55,7 +55,7 @@ def hand(version: Version, registry: Registry, settings: Settings, job_id: str) 
 
 
 def hand_parent(spec: FineTuneSpec, settings: Settings, job_id: str) -> HandedAdapter | None:
-    """`hand` the version that the spec goes on from, which is of its own tenant, whoever started this driver."""
+    """`hand` the spec's parent, which must belong to the spec's tenant, whoever started this driver."""
     if not spec.parent:
         return None
     from pedro.registry import Registry

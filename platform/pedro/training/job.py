@@ -2,7 +2,7 @@
 
 The outline: resolve, prepare the data, train, register, gate, promote. The last line on standard output is the result
 as one JSON object; a failure is one line on standard error and exit code 1, and registers nothing. The job's record
-and its log in the storage are written here, not by who looks.
+and its log in the storage are written here, not by observers.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from pedro.training.uploaded_files import with_uploaded_files
 
 Log = Callable[[str], None]
 Fit = Callable[..., Result]
-"""`trainer.fit`, or what else trains a job as it does."""
+"""`trainer.fit`, or a replacement with the same interface."""
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended, as `pedro submit --wait --json` prints it."""
+    """The result of a job, as printed by `pedro submit --wait --json`."""
 
     model: str
     """`tenant.adapter:version`."""
@@ -60,13 +60,13 @@ class JobResult:
     steps: int
     optimizer_steps: int
     seconds: float
-    """Of the whole job, starting workers included; `metrics.seconds` is the training alone."""
+    """Of the whole job, including the start of workers; `metrics.seconds` is only the training."""
     job_id: str
     run_id: str
     result_files: list[str] = field(default_factory=list)
-    """Ids of files with its metrics; of a job that came over HTTP."""
+    """Ids of files with its metrics, for jobs over HTTP."""
     evidence: dict[str, Any] | None = None
-    """The version against the champion, row by row (`PairedTest`); none where they were not compared."""
+    """The comparison of the version with the champion, row by row (`PairedTest`), if there was one."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +80,7 @@ def run_job(
     log: Log = print,
     train: Fit | None = None,
 ) -> JobResult:
-    """Run one job on the Ray cluster that this process is connected to; `train` stands in for `trainer.fit`.
+    """Run one job on the Ray cluster that this process is connected to; `train` replaces `trainer.fit`.
 
     Raises PedroError; then nothing is registered, and the run in MLflow is FAILED.
     """
@@ -103,7 +103,7 @@ def run_job(
                     run_id, trained.directory, spec.tenant, spec.adapter
                 )
         with tracing.span("gate"):
-            if version.aliases:  # a driver before this one was lost when all was done
+            if version.aliases:  # an earlier driver was lost after everything was done
                 alias, decision = version.aliases[0], GateDecision(CHAMPION in version.aliases, version.gate)
             else:
                 decision = judge_version(spec, trained, registry)
@@ -133,14 +133,14 @@ def run_job(
 
 
 def _came_over_http(registry: Registry, job_id: str) -> bool:
-    """Whether somebody may follow the job by the API, to whom its checkpoints are models."""
+    """Whether the job can be followed through the API, where its checkpoints are models."""
     with suppress(NotFoundError):
         return registry.store.get_job(job_id).key_id is not None
     return False
 
 
 def _run_of(job_id: str, spec: FineTuneSpec, registry: Registry) -> str:
-    """The job's run in MLflow: a new one, or that of its drivers before this one."""
+    """The job's run in MLflow: a new one, or that of its earlier drivers."""
     begun = find_run_of_job(registry, spec.name, job_id)
     if begun is not None:
         registry.reopen_run(begun.id)
@@ -154,15 +154,15 @@ def _run_of(job_id: str, spec: FineTuneSpec, registry: Registry) -> str:
 
 
 def _registered(registry: Registry, name: str, run_id: str) -> Version | None:
-    """The version that a driver before this one registered."""
+    """The version that an earlier driver registered."""
     return next((version for version in registry.versions(name) if version.run_id == run_id), None)
 
 
 def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
-    """Find what is wrong with the files before a worker is started.
+    """Validate the files before a worker is started.
 
-    Nothing is tokenised here: a driver stays light (no torch models, no tokenizer), and workers find the rest. Raises
-    DataError that names the file's role and the first bad line.
+    Nothing is tokenised here, to keep the driver light (no torch models, no tokenizer); workers check the rest. Raises
+    DataError with the file's role and the first bad line.
     """
     from pedro.data.check import check_file
     from pedro.data.files import Kind
@@ -185,13 +185,15 @@ def check_data(spec: FineTuneSpec, settings: Settings, log: Log) -> None:
 
 
 def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> GateDecision:
-    """The gate's decision. What cannot be served does not pass, and a champion that could not be compared, or that
-    moved meanwhile, keeps its place."""
+    """The gate's decision. Versions that cannot be served do not pass, and a champion that could not be compared, or
+    was replaced meanwhile, is kept."""
     if trained.unservable:
         return GateDecision(False, f"it cannot be served: {trained.unservable}")
     champion = trained.champion
     if _champion(registry, spec.name) != (champion.version if champion else None):
-        return GateDecision(False, "the champion changed while this version was scored; compare and promote it by hand")
+        return GateDecision(
+            False, "the champion changed while this version was scored; compare and promote it manually"
+        )
     if champion and champion.metrics is None:
         return GateDecision(
             False, f"the champion {spec.ref.at(champion.version)} cannot be compared: {champion.problem}"
@@ -204,7 +206,7 @@ def judge_version(spec: FineTuneSpec, trained: Result, registry: Registry) -> Ga
 
 
 def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> FineTuneSpec:
-    """A job's spec: the resolved JSON of `submit`, or a YAML file as people write it with `overrides` laid over it."""
+    """A job's spec: the resolved JSON of `submit`, or a YAML file with `overrides` applied to it."""
     if not location.endswith(".json"):
         return load_finetune_spec(location, overrides)
     if overrides:
@@ -219,13 +221,13 @@ def read_spec(location: str, cache: Path, overrides: Sequence[str] = ()) -> Fine
 
 
 def stage(spec: FineTuneSpec, storage: str) -> FineTuneSpec:
-    """The spec with its data files copied to the storage, named by content, where every host finds them."""
+    """The spec with its data files copied to the storage, named by content, for every host."""
     stored = {name: put_dataset(file, storage) for name, file in spec.data.files().items()}
     return spec.model_copy(update={"data": spec.data.model_copy(update=stored)})
 
 
 def new_job_id() -> str:
-    """An id like the store's."""
+    """An id in the form of the store's."""
     return f"ftjob-{uuid.uuid4().hex[:24]}"
 
 
@@ -242,8 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pedro.training.job", description="Run one fine-tuning job.")
     parser.add_argument("--spec", required=True, help="a spec: YAML, or the resolved JSON of `pedro submit`")
     parser.add_argument("--job-id", default=None)
-    parser.add_argument("--attempt", type=int, default=None, help="which start this is, if a controller counts them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over a YAML spec")
+    parser.add_argument(
+        "--attempt", type=int, default=None, help="the number of this start, if a controller counts them"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of a YAML spec")
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()
@@ -255,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
-    """Run the job, its trace beside it."""
+    """Run the job and trace it."""
     tracing.start("pedro-job", job_id)
     with tracing.span("driver", tracing.of_job(job_id), job=job_id, attempt=options.attempt):
         code = drive_job(
@@ -268,7 +272,7 @@ def _drive(options: argparse.Namespace, settings: Settings, job_id: str) -> int:
 def drive_job(
     read: Callable[[], FineTuneSpec], settings: Settings, job_id: str, attempt: int | None, train: Fit | None = None
 ) -> int:
-    """Run a job, enter into its record how it goes, and in the usage ledger what it trained; the exit code."""
+    """Run a job, update its record, and add its training to the usage ledger; returns the exit code."""
     record = OwnRecord(settings.database_url, job_id, log_line, attempt)
     begun: list[FineTuneSpec] = []
 
@@ -278,7 +282,7 @@ def drive_job(
         begun.append(spec)
         connect_driver()
         result = run_job(spec, settings, Registry.open(settings), job_id, log_line, train)
-        enter_training(settings, job_id, spec.name, log_beside)  # before its end is told, after which nobody starts it
+        enter_training(settings, job_id, spec.name, log_beside)  # before its end, after which nothing restarts it
         return {**result.to_dict(), "result_files": store_results(settings, job_id, log_line)}
 
     code = drive(work, "job", f"`pedro jobs logs {job_id} --raw` shows where", record)
@@ -288,7 +292,7 @@ def drive_job(
 
 
 def _end_trace(settings: Settings, job_id: str) -> None:
-    """Send the span of the whole job once it has ended, and those that wait."""
+    """Send the span of the whole job once it has ended, and pending ones."""
     if tracing.TRACER is None:
         return
     with suppress(PedroError):
@@ -313,9 +317,9 @@ def _champion(registry: Registry, name: str) -> int | None:
 def move_alias(
     registry: Registry, version: Version, decision: GateDecision, judged_against: int | None
 ) -> tuple[str, GateDecision]:
-    """Make the version champion, or candidate if its gate refused: which of the two, and the decision that holds.
+    """Make the version champion, or candidate if its gate refused. Returns which, and the final decision.
 
-    `judged_against` is the champion that the gate compared it with; beside another one the decision means nothing.
+    `judged_against` is the champion that the gate compared it with; the decision is not valid for another one.
     """
     alias, reason = registry.judge(version, decision.passed, decision.reason, judged_against)
     return alias, GateDecision(alias == CHAMPION, reason)

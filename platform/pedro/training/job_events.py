@@ -1,4 +1,4 @@
-"""What a job's events say of its training, under the names of OpenAI's API."""
+"""Training metrics in a job's events, under the names of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NAMES = {  # of our curves: theirs
+NAMES = {  # our curves: their names
     "train/loss": "train_loss",
     "train/token_accuracy": "train_mean_token_accuracy",
     "dev/loss": "valid_loss",
     "dev/token_accuracy": "valid_mean_token_accuracy",
 }
-PAIRS = {  # of preference tuning, for which they name none
+PAIRS = {  # of preference tuning, for which they define none
     f"{split}/{measure}": f"{theirs}_{measure}"
     for split, theirs in (("train", "train"), ("dev", "valid"))
     for measure in ("reward_accuracy", "reward_margin")
 }
 WORDS = {"train": "training", "valid": "validation"}
-IN_FILE = {"train_mean_token_accuracy": "train_accuracy"}  # what the result file calls otherwise
+IN_FILE = {"train_mean_token_accuracy": "train_accuracy"}  # different names in the result file
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
-OF_RESULT = {  # a job's metrics, as those of its best checkpoint; all validation rows are read at each validation
+OF_RESULT = {  # a job's metrics as those of its best checkpoint; each validation uses all validation rows
     "train_loss": "train_loss",
     "train_mean_token_accuracy": "train_token_accuracy",
     "valid_loss": "validation_loss",
@@ -41,7 +41,7 @@ class MetricsEvent:
 
 
 def metrics_event(step: int, values: Mapping[str, float]) -> MetricsEvent | None:
-    """The event of a point of the curves; None for a point that has no loss."""
+    """The event of a point of the curves; None for a point without a loss."""
     names = {**NAMES, **PAIRS}
     told = {theirs: values[ours] for ours, theirs in names.items() if ours in values and math.isfinite(values[ours])}
     if told.keys().isdisjoint(NAMES.values()):
@@ -51,20 +51,20 @@ def metrics_event(step: int, values: Mapping[str, float]) -> MetricsEvent | None
 
 
 def checkpoint_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """A job's metrics as those of its best checkpoint: the step, and what was measured then."""
+    """A job's metrics as those of its best checkpoint: the step and its measurements."""
     told = {theirs: metrics[ours] for theirs, ours in OF_RESULT.items() if ours in metrics}
     return {"step": metrics.get("best_step", 0), **told}
 
 
 def measured_at(step: int, values: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a checkpoint in between, of the curves' last values."""
+    """The metrics of an intermediate checkpoint, from the curves' last values."""
     told = {theirs: values[ours] for ours, theirs in {**NAMES, **PAIRS}.items() if ours in values}
     full = {f"full_{name}": value for name, value in told.items() if name.startswith("valid_")}
     return {"step": step, **told, **full}
 
 
 def step_metrics(points: Iterable[Mapping[str, Any]]) -> str:
-    """The result file: CSV, a line a step in order; of a step that was repeated after a loss, what came last."""
+    """The result file: CSV, one line per step in order; for steps repeated after a loss, the last values."""
     steps: dict[int, dict[str, Any]] = {}
     known = (*COLUMNS, *PAIRS.values())
     for point in points:

@@ -1,7 +1,7 @@
-"""Keeps what a job's driver prints in the storage, where it outlives the cluster: `jobs/<id>/log.txt`.
+"""Copies the output of a job's driver to the storage, where it outlives the cluster: `jobs/<id>/log.txt`.
 
-Python's own lines only (workers' included, which Ray prints through it), not those of Ray's C++ parts. A folder gets
-every line as it comes; a storage behind a URL gets the file again every few seconds, and at the end.
+Only lines from Python (including those of workers, which Ray prints through it), not from Ray's C++ code. In a folder,
+lines are appended at once; a storage behind a URL gets the whole file every few seconds, and at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pedro.training.storage import join, put_file, read_text
 
 UPLOAD_S = 10.0
 LOGS = threading.local()
-"""The log of the job that this thread drives, if it keeps one of its own."""
+"""The log of the job that this thread drives, if it has its own."""
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 def kept_log(storage: str, job_id: str) -> str | None:
-    """What a job has printed so far, None if nothing was kept. Raises NotFoundError for what is no job's id."""
+    """A job's output so far, None if there is no log. Raises NotFoundError for an invalid id."""
     if not JOB_ID.fullmatch(job_id):
         raise NotFoundError(f"job {job_id!r} does not exist; `pedro jobs list` shows their ids", param="job")
     return read_text(join(storage, "jobs", job_id, "log.txt"))
@@ -33,7 +33,7 @@ def kept_log(storage: str, job_id: str) -> str | None:
 
 @contextlib.contextmanager
 def keeping_log(storage: str, job_id: str) -> Iterator[None]:
-    """Copy standard output and error into the storage while the block runs; a log that cannot be kept is said once."""
+    """Copy standard output and error to the storage while the block runs; if that fails, this is reported once."""
     with _opened(storage, job_id) as log:
         if log is None:
             yield
@@ -44,7 +44,7 @@ def keeping_log(storage: str, job_id: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_log_of_thread(storage: str, job_id: str) -> Iterator[None]:
-    """The same for what this thread prints, which then goes nowhere else: other threads' jobs are other tenants'.
+    """The same for this thread's output, which then goes nowhere else, since other threads' jobs may be other tenants'.
     Within `by_thread`."""
     with _opened(storage, job_id) as log:
         LOGS.log = log
@@ -56,14 +56,14 @@ def keeping_log_of_thread(storage: str, job_id: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def by_thread() -> Iterator[None]:
-    """Within it, what a thread prints goes to the log that it keeps, if it keeps one."""
+    """Within this context, a thread's output goes to its own log, if it has one."""
     with contextlib.redirect_stdout(_OfThread(sys.stdout)), contextlib.redirect_stderr(_OfThread(sys.stderr)):
         yield
 
 
 @contextlib.contextmanager
 def _opened(storage: str, job_id: str) -> Iterator[_Log | None]:
-    """A job's log, to be written on; None if it cannot be."""
+    """A job's log, opened for appending; None if that fails."""
     target = join(storage, "jobs", job_id, "log.txt")
     with contextlib.ExitStack() as stack:
         try:
@@ -71,11 +71,11 @@ def _opened(storage: str, job_id: str) -> Iterator[_Log | None]:
             if "://" in target:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if "://" in target and (before := read_text(target)):  # of a driver before this one
+            if "://" in target and (before := read_text(target)):  # written by an earlier driver
                 path.write_text(before, encoding="utf-8")
             file = stack.enter_context(path.open("a", encoding="utf-8", errors="replace", buffering=1))
         except (OSError, PedroError) as error:
-            print(f"the job's log is not kept: {error}", file=sys.stderr, flush=True)
+            print(f"the job's log cannot be stored: {error}", file=sys.stderr, flush=True)
             yield None
             return
         log = _Log(file)
@@ -85,7 +85,7 @@ def _opened(storage: str, job_id: str) -> Iterator[_Log | None]:
 
 
 class _Log:
-    """A file that both streams write, from any thread, until it can no longer be written."""
+    """A file that both streams write, from any thread, until writing fails."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file: IO[str] | None = file
@@ -98,11 +98,11 @@ class _Log:
                     self._file.write(text)
             except (OSError, ValueError) as error:  # a full disk must not end the job
                 self._file = None
-                print(f"the job's log is kept no longer: {error}", file=sys.__stderr__, flush=True)
+                print(f"the job's log can no longer be stored: {error}", file=sys.__stderr__, flush=True)
 
 
 class _Both:
-    """A stream that copies what is written to it."""
+    """A stream that also copies its output to a log."""
 
     def __init__(self, stream: IO[str], log: _Log) -> None:
         self._stream, self._log = stream, log
@@ -116,7 +116,7 @@ class _Both:
 
 
 class _OfThread:
-    """A stream that hands what a thread with a log of its own writes to that alone."""
+    """A stream that redirects the output of threads with their own log to that log."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -154,5 +154,5 @@ def _upload(path: Path, target: str, over: threading.Event) -> None:
         try:
             put_file(str(path), target)
             sent = size
-        except (OSError, PedroError) as error:  # the next round, or what stands there already, has to do
-            print(f"the job's log was not stored: {error}", file=sys.__stderr__, flush=True)
+        except (OSError, PedroError) as error:  # the next upload, or the last one, must do
+            print(f"the job's log could not be stored: {error}", file=sys.__stderr__, flush=True)

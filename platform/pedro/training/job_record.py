@@ -1,8 +1,7 @@
-"""A job's row among the platform's records, as its own driver writes it.
+"""A job's row in the store, as written by its driver.
 
-`queued → running → succeeded | failed | cancelled`, or `paused` if that was asked for (`store.JobStatus`). A driver
-that was killed could not write its end, and one to which the platform did not answer writes none: the controller starts
-the job again.
+`queued → running → succeeded | failed | cancelled`, or `paused` on request (`store.JobStatus`). A killed driver could
+not write its end, and one that got no answer from a platform service writes none: the controller restarts the job.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ MAX_MESSAGE = 2000
 
 
 class OwnRecord:
-    """The row of the job that this process drives. A job that the records do not know keeps none."""
+    """The row of the job that this process drives. Jobs without a row are not recorded."""
 
     def __init__(self, database_url: str, job_id: str, log: Callable[[str], None], attempt: int | None = None) -> None:
-        """`attempt` is which start of a driver this is, as the job's controller counts them; None outside the queue."""
+        """`attempt` is the number of this driver's start, as counted by the job's controller; None outside the
+        queue."""
         self._url, self._job_id, self._log, self._attempt = database_url, job_id, log, attempt
 
     def running(self) -> None:
-        """Raises ConflictError if the job has ended already, for instance because it was stopped while it waited."""
+        """Raises ConflictError if the job has already ended, for instance because it was stopped while queued."""
         self._write(status=JobStatus.RUNNING)
 
     def succeeded(self, result: dict[str, Any]) -> None:
-        with contextlib.suppress(ConflictError):  # it runs, even if the database did not answer when it began
+        with contextlib.suppress(ConflictError):  # it runs, even if the database did not answer at its start
             self._write(status=JobStatus.RUNNING)
         self._end(JobStatus.SUCCEEDED, result=result, told=last_events(result))
 
@@ -40,7 +40,7 @@ class OwnRecord:
         self._end(JobStatus.FAILED, message=" ".join(reason.split())[:MAX_MESSAGE])
 
     def stopped(self) -> None:
-        """Paused or cancelled, as was asked for. If nobody asked, a job of the queue is left to its controller."""
+        """Paused or cancelled, as requested. Without a request, a queued job is left to its controller."""
         wanted = self._wanted()
         if wanted is None and self._attempt is not None:
             return
@@ -50,7 +50,8 @@ class OwnRecord:
             self._end(JobStatus.CANCELLED, message="stopped")
 
     def unanswered(self, reason: str) -> bool:
-        """The platform did not answer the driver: whether the job will be started again, so that this is no end."""
+        """A platform service did not answer the driver: returns whether the job will be restarted, so that it has not
+        ended."""
         if self._attempt is None:
             return False
         with contextlib.suppress(ConflictError):
@@ -70,7 +71,7 @@ class OwnRecord:
     def _end(self, status: JobStatus, **fields: Any) -> None:
         try:
             self._write(status=status, **fields)
-        except ConflictError:  # it has ended: whoever stopped it has said so
+        except ConflictError:  # it has ended, and its end is recorded
             return
 
     def _write(self, **fields: Any) -> None:
@@ -82,7 +83,7 @@ class OwnRecord:
 
 
 def insist(database_url: str, write: Callable[[Store], object], what: str, log: Callable[[str], None]) -> None:
-    """Wait for a database that does not answer, but not for ever: the adapter is worth more than the row."""
+    """Retry while the database does not answer, up to a limit: the adapter matters more than the row."""
     for pause in (*PAUSES_S, None):
         try:
             store = Store(database_url)

@@ -1,4 +1,4 @@
-"""What a job that came over HTTP leaves beside its adapter: its metrics as a file, and the last of its events."""
+"""Results of a job over HTTP besides its adapter: its metrics as a file, and its last events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MOST_POINTS = 100_000
 
 
 def store_results(settings: Settings, job_id: str, log: Callable[[str], None]) -> list[str]:
-    """The ids of the job's result files: that of a driver before this one, or else a new one. What cannot be stored is
-    told in the log: the adapter is there."""
+    """The ids of the job's result files: an earlier driver's, or else a new one. Failures are only logged, since the
+    adapter exists."""
     store = Store(settings.database_url)
     try:
         job = store.get_job(job_id)
         return [_metrics_file(store, settings, job, job.key_id)] if job.key_id else []
-    except NotFoundError:  # a job that the records do not know
+    except NotFoundError:  # a job without a row
         return []
     except PedroError as error:
         log(f"the job's result file could not be stored: {error.message}")
@@ -35,7 +35,7 @@ def store_results(settings: Settings, job_id: str, log: Callable[[str], None]) -
 
 
 def last_events(result: Mapping[str, Any]) -> list[NewEvent]:
-    """What tells a job's followers that it is done. Of its checkpoints the best is told, that became the model."""
+    """The last events of a successful job. The checkpoint event is of the best one, which became the model."""
     best = checkpoint_metrics(result.get("metrics") or {})
     kept = {"model": result["model"], "step": best["step"], "metrics": best}
     return [

@@ -1,6 +1,6 @@
-"""Enters what a job has trained in the usage ledger, once, however it ended: as of its last checkpoint.
+"""Adds a job's training to the usage ledger, once, however it ended: as of its last checkpoint.
 
-A run that was resumed counts on from there, so the same job entered again adds only what came since.
+A resumed run continues counting from there, so adding the same job again only adds the difference.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pedro.training.trainer import STATE
 if TYPE_CHECKING:
     from pedro.config import Settings
 
-PROGRESS = "progress.json"  # of a checkpoint (`checkpoints.py`, which needs torch)
+PROGRESS = "progress.json"  # in a checkpoint (not imported from `checkpoints.py`, which needs torch)
 
 
 def enter_training(settings: Settings, job_id: str, model: str, log: Callable[[str], None]) -> None:
-    """`model` is `tenant.adapter`. A database that does not answer is waited for, but not for ever."""
+    """`model` is `tenant.adapter`. Retries while the database does not answer, up to a limit."""
     try:
         tokens, seconds = trained_so_far(settings.storage, job_id)
     except (OSError, ValueError, UnavailableError) as error:
-        log(f"what {job_id} used could not be read from its checkpoints: {error}")
+        log(f"the usage of {job_id} could not be read from its checkpoints: {error}")
         return
     if not tokens:
         return
@@ -43,7 +43,7 @@ def enter_training(settings: Settings, job_id: str, model: str, log: Callable[[s
 
 
 def trained_so_far(storage: str, job_id: str) -> tuple[int, float]:
-    """Tokens that went through the model by the last checkpoint, and seconds of training times its workers."""
+    """Tokens processed up to the last checkpoint, and training seconds times workers."""
     run = join(storage, "runs", job_id)
     reached = [(0, 0.0)]
     for name in folders(run):

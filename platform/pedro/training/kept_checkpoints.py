@@ -1,4 +1,4 @@
-"""The checkpoints that Ray Train kept of a run, from the last one back."""
+"""The checkpoints that Ray Train kept of a run, newest first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def newest_first() -> Iterator[Checkpoint]:
-    """The run's last checkpoint, then those before it that are still there."""
+    """The run's last checkpoint, then earlier ones that still exist."""
     import ray.train
     from pyarrow.fs import FileSelector
 
@@ -22,5 +22,5 @@ def newest_first() -> Iterator[Checkpoint]:
     entries = last.filesystem.get_file_info(FileSelector(run, allow_not_found=True))
     earlier = sorted((e.base_name for e in entries if e.base_name.startswith("checkpoint_")), reverse=True)
     for other in earlier:
-        if other < name:  # a later one was never told of: it is not whole
+        if other < name:  # later ones were never reported: they are incomplete
             yield ray.train.Checkpoint(f"{run}/{other}", last.filesystem)

@@ -1,6 +1,6 @@
-"""Ray Train's trainer without the helper processes that a fine-tune has no use for.
+"""Ray Train's trainer without helper processes that a fine-tune does not need.
 
-Ray Train starts several actors beside the workers, each a process that imports Ray and PyTorch before the first step.
+Ray Train starts several actors besides the workers, each a process that imports Ray and PyTorch before the first step.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import Any
 from ray import runtime_context
 from ray.train.torch import TorchTrainer
 
-# By name: they are Ray's own, and one that another version no longer has is simply not found.
-DATASETS = "DatasetsCallback"  # hands out shards of Ray Data's datasets, of which we give none
-CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies and its job lives on
+# By name, since they are internal to Ray: names missing in another version are ignored.
+DATASETS = "DatasetsCallback"  # distributes shards of Ray Data's datasets, which we do not use
+CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies but its job continues
 
 
 class LeanTorchTrainer(TorchTrainer):
-    """Starts one process less, and three less where no trial of a sweep is trained.
+    """Starts one process less, and three less unless it trains a trial of a sweep.
 
-    A job ends with its controller, and with it what its workers hold; a sweep goes on to its other trials.
+    A job ends with its controller, which frees its workers' resources; a sweep continues with other trials.
     """
 
     def __init__(self, *arguments: Any, errands: Any = None, **options: Any) -> None:
-        """`errands` is a callback for the controller alone: those of the `run_config` are sent to the workers, too."""
+        """`errands` is a callback for the controller only: those of the `run_config` are also sent to the workers."""
         super().__init__(*arguments, **options)
         self._errands = [errands] if errands is not None else []
 
     def _create_default_callbacks(self) -> list[Any]:
-        made = super()._create_default_callbacks()  # type: ignore[misc]  # only version 2 of Ray Train has it
+        made = super()._create_default_callbacks()  # type: ignore[misc]  # only in version 2 of Ray Train
         unused = {DATASETS} if _in_sweep() else {DATASETS, CLEANER}
         return [callback for callback in made if type(callback).__name__ not in unused] + self._errands
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        """Ray's controller runs in the job's driver, which has nothing else to do, instead of as an actor."""
-        if _in_sweep():  # whose trial is told of each report by this process, while it waits
+        """Runs Ray's controller in the job's driver, which is otherwise idle, instead of in an actor."""
+        if _in_sweep():  # where this waiting process forwards each report to the trial
             return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
         from ray.train.v2._internal.execution.controller import TrainController
 
@@ -55,13 +55,13 @@ class LeanTorchTrainer(TorchTrainer):
 
 
 def _beside_signals(work: Callable[[], None]) -> None:
-    """Do it on a thread: this one stays free to be stopped, which a call into Ray would not let it be."""
+    """Run it on a thread, so that this one can be interrupted, unlike a call into Ray."""
     ended: Future[None] = Future()
 
     def run() -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 (raised where it is waited for)
+        except BaseException as error:  # noqa: BLE001 (raised in the waiting thread)
             ended.set_exception(error)
         else:
             ended.set_result(None)
@@ -71,13 +71,13 @@ def _beside_signals(work: Callable[[], None]) -> None:
 
 
 class _DriversContext(runtime_context.RuntimeContext):
-    """The controller hands its own actor to the workers, who would ask it for checkpoints; ours ask for none."""
+    """The actor handle that the controller passes to workers, for requesting checkpoints; ours never do."""
 
     current_actor: Any = None
 
 
 class _OfAnActor(logging.Formatter):
-    """Marks the controller's own lines as Ray marks an actor's, so that only who wants all of a log reads them."""
+    """Prefixes the controller's lines like an actor's, so that they are only shown in full logs."""
 
     def format(self, record: logging.LogRecord) -> str:
         mark = f"(TrainController pid={os.getpid()}) "
@@ -85,7 +85,7 @@ class _OfAnActor(logging.Formatter):
 
 
 def _in_sweep() -> bool:
-    """Whether this process is a trial that Ray Tune started."""
+    """Whether this process is a trial started by Ray Tune."""
     from ray.tune.trainable.trainable_fn_utils import _in_tune_session
 
     return bool(_in_tune_session())

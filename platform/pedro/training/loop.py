@@ -1,8 +1,8 @@
 """The training loop: schedule, Ω step, Θ step, validate, checkpoint, report. torch only.
 
-Imports neither Ray, DeepSpeed nor MLflow and opens no file: the engine, the rows and the reporter are handed in. Every
-worker runs the same lines in the same order. All that is random or shuffled is a function of (seed, step), so a
-resumed run is the uninterrupted run, to the bit.
+Imports neither Ray, DeepSpeed nor MLflow and opens no file: engine, rows and reporter are parameters. Every worker runs
+the same code in the same order. All randomness and shuffling is a function of (seed, step), so a resumed run equals the
+uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pedro.training.engines import StepEngine
 
 SECONDS_LEFT = "train/seconds_left"
-LOG_EVERY = 10  # steps between progress lines and reads of the loss (which wait for the device)
+LOG_EVERY = 10  # steps between progress lines and reads of the loss (which synchronise with the device)
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class TrainingPlan:
     objective: Objective = ANSWERS
 
     def optimizer_steps(self, steps: int) -> int:
-        """Ω and Θ steps together, after `steps` Ω steps."""
+        """Ω plus Θ steps after `steps` Ω steps."""
         return steps + (steps // self.theta_every if self.bilevel else 0)
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows of the splits; `theta` is empty where the method has no Θ, `validation` may be."""
+    """Rows of the splits; `theta` is empty if the method has no Θ, `validation` may be empty."""
 
     train: Rows
     theta: Rows
@@ -63,24 +63,24 @@ class Data:
 
 @dataclass
 class TrainState:
-    """Where a run stands; with the engine's tensors and the best parameters this is the whole checkpoint."""
+    """The state of a run; together with the engine's tensors and the best parameters this is the whole checkpoint."""
 
     step: int = 0
     best_loss: float = math.inf
     best_step: int = 0
     without_gain: int = 0
     tokens: int = 0
-    """Of answers, which the loss is taken of."""
+    """Of answers, over which the loss is computed."""
     all_tokens: int = 0
-    """Of prompts and answers: all that went through the model, padding excluded."""
+    """Of prompts and answers: everything processed, excluding padding."""
     samples: int = 0
-    """Rows, each as often as it was read."""
+    """Rows, counted each time they are read."""
     seconds: float = 0.0
     validations: list[tuple[int, float]] = field(default_factory=list)
     told: dict[str, float] = field(default_factory=dict)
-    """The last loss and measures of training (`train/…`) and of validation (`dev/…`)."""
+    """The last loss and metrics of training (`train/…`) and of validation (`dev/…`)."""
     best_told: dict[str, float] = field(default_factory=dict)
-    """The same as of the best validation."""
+    """The same at the best validation."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +88,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """How a run ended. The engine's parameters are the best ones by then."""
+    """The result of a run. The engine then has the best parameters."""
 
     steps: int
     optimizer_steps: int
@@ -102,25 +102,26 @@ class TrainingOutcome:
     stopped_early: bool
     validations: tuple[tuple[int, float], ...]
     told: Mapping[str, float] = field(default_factory=dict)
-    """Loss and measures of training and validation as of the best step, by the names of the curves."""
+    """Loss and metrics of training and validation at the best step, by curve name."""
 
 
 class Reporter(Protocol):
-    """Takes metrics, progress lines and checkpoints of a run, and knows the last checkpoint of an interrupted one."""
+    """Receives metrics, progress lines and checkpoints of a run, and loads the last checkpoint of an interrupted
+    one."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
-        """Load the last checkpoint into the engine; None when there is none. The best parameters are on rank 0."""
+        """Load the last checkpoint into the engine; None if there is none. The best parameters are on rank 0."""
 
     def checkpoint(
         self, engine: StepEngine, group: WorkerGroup, state: TrainState, best: Mapping[str, torch.Tensor]
     ) -> None:
-        """Keep all that `resume` needs. Raises TrainingError on every worker if one cannot write."""
+        """Store everything that `resume` needs. Raises TrainingError on every worker if one cannot write."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Points of the run's curves; called on rank 0 only."""
 
     def line(self, text: str) -> None:
-        """One line for the person who waits; called on rank 0 only."""
+        """One line for users who follow the job; called on rank 0 only."""
 
 
 def train(
@@ -128,7 +129,7 @@ def train(
 ) -> TrainingOutcome:
     """Train until the plan's steps are done or validation stops improving; leave the best parameters in place.
 
-    Raises TrainingError when the loss is NaN or infinite.
+    Raises TrainingError if the loss is NaN or infinite.
     """
     group = WorkerGroup(engine.rank, engine.world)
     state, best = reporter.resume(engine, group) or (TrainState(), {})
@@ -195,13 +196,13 @@ def train(
 def batch_step(
     engine: StepEngine, rows: list[Mapping[str, Any]], plan: TrainingPlan, pad_id: int, salt: int
 ) -> tuple[torch.Tensor, int]:
-    """One optimizer step on a batch of all workers; this worker's share of the mean loss with the objective's measures
-    behind it, and the answer tokens of the batch.
+    """One optimizer step on a batch of all workers. Returns this worker's share of the mean loss, followed by the
+    objective's metrics, and the answer tokens of the batch.
 
-    The loss is the sum over answer tokens (or pairs) divided by those of the whole batch, which every worker counts
-    for itself: workers and slices add up to one worker's gradient, however unequal their answers are.
+    The loss is the sum over answer tokens (or pairs) divided by their number in the whole batch, which every worker
+    counts itself: workers and slices add up to a single worker's gradient, however unequal their answers are.
     """
-    torch.manual_seed((plan.seed * 2_147_483_647 + salt) * 65_537 + engine.rank)  # dropout, if the method has any
+    torch.manual_seed((plan.seed * 2_147_483_647 + salt) * 65_537 + engine.rank)  # for dropout, if the method has any
     objective = plan.objective
     weight = objective.weight(rows)
     total = torch.zeros(1 + len(objective.measures), device=engine.device)
@@ -226,9 +227,9 @@ def mean_losses(
     objective: Objective = ANSWERS,
     accumulation: int = 1,
 ) -> list[float]:
-    """Mean loss over all rows, then the means of the objective's measures; every worker takes a share and gets the same
-    numbers. Rows of like length share a batch, so that little of it is padding. It is cut in slices as training's are:
-    the batch of the longest rows needs no more memory than a step on them."""
+    """Mean loss over all rows, then the means of the objective's metrics; every worker processes a share and gets the
+    same numbers. Rows of similar length share a batch, to reduce padding. Batches are sliced as in training, so that
+    the longest rows need no more memory than a training step on them."""
     engine.mode(training=False)
     by_length = sorted(fetch(rows, range(len(rows))), key=lambda row: len(row["input_ids"]))
     total, weight = torch.zeros(1 + len(objective.measures), dtype=torch.float64), 0
@@ -244,9 +245,10 @@ def mean_losses(
 def keep_best(
     state: TrainState, loss: float, best: Mapping[str, torch.Tensor], engine: StepEngine
 ) -> Mapping[str, torch.Tensor]:
-    """Enter a validation into the train state; the parameters to keep, new ones if they are the best so far.
+    """Add a validation to the train state. Returns the parameters to keep: the current ones if they are the best so
+    far.
 
-    While a method still changes its shape, no validation is the best and none counts against patience.
+    While a method still changes its shape, no validation counts as best or against patience.
     """
     state.validations.append((state.step, loss))
     if engine.hook and not engine.hook.settled(state.step):
@@ -263,7 +265,7 @@ def keep_best(
 
 @torch.no_grad()
 def restore(engine: StepEngine, group: WorkerGroup, best: Mapping[str, torch.Tensor]) -> None:
-    """Put rank 0's best parameters in place on every worker."""
+    """Load rank 0's best parameters on every worker."""
     with engine.gathered():
         for name, parameter in engine.parameters:
             if group.rank == 0:
@@ -272,7 +274,7 @@ def restore(engine: StepEngine, group: WorkerGroup, best: Mapping[str, torch.Ten
 
 
 class MetricsLogger:
-    """Adds up losses on the device and logs them now and then: progress line, curves, and a check for NaN."""
+    """Accumulates losses on the device and logs them periodically: progress line, curves, and a check for NaN."""
 
     def __init__(self, plan: TrainingPlan, state: TrainState, engine: StepEngine) -> None:
         self.plan, self.state, self.device = plan, state, engine.device
@@ -290,7 +292,7 @@ class MetricsLogger:
         self._before = (self.state.all_tokens, self.state.tokens, self.state.samples)
 
     def omega(self, step: tuple[torch.Tensor, int], rows: Sequence[Mapping[str, Any]]) -> None:
-        """A step on Ω: its loss and its answers' tokens, as `batch_step` returns them, and the rows of its batch."""
+        """Add a step on Ω: its loss and answer tokens, as returned by `batch_step`, and the rows of its batch."""
         self._add(0, step, rows)
         self._measures += step[0][1:].double()
 
@@ -317,7 +319,7 @@ class MetricsLogger:
         if not math.isfinite(omega + theta):
             raise TrainingError(
                 f"training: the loss is {omega + theta} at step {self.state.step}; lower training.lr "
-                f"({self.plan.lr:g}) or training.clip, or look at the answers of the training data",
+                f"({self.plan.lr:g}) or training.clip, or check the answers in the training data",
                 param="training.lr",
             )
         means = {"train/loss": loss, **{f"train/{name}": value for name, value in told.items()}}
@@ -337,7 +339,7 @@ class MetricsLogger:
         self._clear()
 
     def validated(self, means: Sequence[float], group: WorkerGroup, reporter: Reporter) -> None:
-        """Report a validation, loss and measures; its time is training time, but not of tokens per second."""
+        """Report a validation, loss and metrics; its time counts as training time, but not for tokens per second."""
         self._count_seconds()
         told = dict(zip(("loss", *self._names), means, strict=True))
         values = {f"dev/{name}": value for name, value in told.items()}
@@ -360,7 +362,7 @@ class MetricsLogger:
         return learning_rate(self.state.step - 1, self.plan.steps, self.plan.lr, self.plan.warmup)
 
     def _left(self, now: float) -> float:
-        """Seconds until the last step, at the speed so far; validations are not counted."""
+        """Seconds until the last step, at the speed so far, without validations."""
         self._spent += now - self._since
         return self._spent / max(1, self.state.step - self._started) * (self.plan.steps - self.state.step)
 
@@ -371,5 +373,5 @@ class MetricsLogger:
 
 
 def _first(measures: Mapping[str, float]) -> str:
-    """The first of the measures, as progress lines tell it; nothing where there is none."""
+    """The first of the metrics, as shown in progress lines; empty if there is none."""
     return next((f" ({name.replace('_', ' ')} {value:.3f})" for name, value in measures.items()), "")

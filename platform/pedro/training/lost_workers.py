@@ -1,4 +1,4 @@
-"""Reports lost workers in the job's log: Ray Train replaces them silently."""
+"""Reports lost workers in the job's log, since Ray Train replaces them silently."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ray.train import UserCallback
 
 
 class TellLosses(UserCallback):
-    """Runs in Ray Train's controller, whose lines that begin with `worker ` `pedro jobs logs` shows."""
+    """Runs in Ray Train's controller; `pedro jobs logs` shows its lines that begin with `worker `."""
 
     def __init__(self, max_failures: int) -> None:
         self._max, self._count = max_failures, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """One line a loss, whatever it was that one worker or several met."""
+        """One line per loss, of one or several workers."""
         self._count += 1
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         what = f"worker {ranks} was lost" if len(worker_exceptions) == 1 else f"worker processes {ranks} were lost"
@@ -26,7 +26,7 @@ class TellLosses(UserCallback):
 
 
 def reason(error: BaseException) -> str:
-    """The last line of what is at the bottom of an error of Ray's."""
+    """The last line of the root cause of a Ray error."""
     bottom = getattr(error, "health_check_failure", None) or getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(bottom).splitlines() if line.strip()]
     died = next((line for line in lines if "died" in line), None)

@@ -1,6 +1,6 @@
-"""How many bytes a worker's tensors take while it trains. Plain arithmetic on counts.
+"""The memory of a worker's tensors during training, by arithmetic on counts.
 
-Counts of parameters, gradients and optimizer state are exact; what activations take is an estimate.
+Parameters, gradients and optimizer state are exact; activations are an estimate.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BYTES = {"fp32": 4, "bf16": 2}
-KEPT_ON_GPU = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters, left as it is there
+KEPT_ON_GPU = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The widths of a backbone that activations depend on, and what a worker of ZeRO-3 has whole."""
+    """The widths of a backbone on which activations depend, and its largest tensor for ZeRO-3."""
 
     hidden_size: int
     num_layers: int
     vocab_size: int
     largest: int = 0
-    """Parameters of the largest tensor; 0 where workers cannot load pieces of the backbone."""
+    """Parameters of the largest tensor; 0 if workers cannot load pieces of the backbone."""
 
 
 def training_memory(  # noqa: PLR0913
@@ -38,11 +38,11 @@ def training_memory(  # noqa: PLR0913
 ) -> dict[str, int]:
     """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well, 3 the parameters.
 
-    With stage 3 a worker has one tensor whole at a time, on a GPU as many parameters as DeepSpeed keeps there. Where
-    workers cannot load pieces, the backbone is counted whole, as each of them once has it.
+    With stage 3 a worker has one whole tensor at a time, on a GPU as many parameters as DeepSpeed keeps resident. If
+    workers cannot load pieces, the whole backbone is counted, which each of them loads once.
 
-    `frozen` and `trainable` count parameters; `tokens` are those of one slice, padding included, and `answer_tokens`
-    those that have logits; `full` says that the backbone itself is trained. Activations: per layer and token about 34
+    `frozen` and `trainable` count parameters; `tokens` are those of one slice, including padding, `answer_tokens` those
+    with logits; `full` means that the backbone itself is trained. Activations: per layer and token about 34
     widths without attention scores (Korthikanti et al. 2022, section 4, for 16 bit; twice that in 32), one width with
     gradient checkpointing, and a slice's logits.
     """

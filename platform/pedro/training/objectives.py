@@ -1,8 +1,8 @@
-"""What training makes smaller: the loss of answers, or of preferences between two of them (DPO). torch only.
+"""Training objectives: the loss of answers, or of preferences between two answers (DPO). torch only.
 
-An objective takes one slice of a batch at a time and gives sums over it; the loop divides them by the weight of the
-whole batch, so that workers and slices add up to one worker's gradient. N supervised tokens, P pairs, V tokens of the
-vocabulary.
+An objective processes one slice of a batch at a time and returns sums over it; the loop divides them by the weight of
+the whole batch, so that workers and slices add up to a single worker's gradient. N supervised tokens, P pairs, V tokens
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ EncodedRows = Sequence[Mapping[str, Any]]
 
 
 class Objective(Protocol):
-    """What the loop asks of an objective."""
+    """The loop's interface to an objective."""
 
     measures: ClassVar[tuple[str, ...]]
-    """What is told beside the loss, by name."""
+    """Names of the metrics reported besides the loss."""
 
     def sequences(self, rows: EncodedRows) -> EncodedRows:
-        """All that goes through the model for these rows."""
+        """All tokens processed for these rows."""
 
     def weight(self, rows: EncodedRows) -> int:
-        """What the summed loss of a batch is divided by."""
+        """The divisor of a batch's summed loss."""
 
     def sums(
         self, engine: StepEngine, rows: EncodedRows, pad_id: int, filler: Mapping[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss summed over a slice, with its graph, and the sums of the measures. No rows are a loss of 0."""
+        """The loss summed over a slice, with its graph, and the sums of the metrics. Without rows the loss is 0."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The cross entropy of the answers' tokens: supervised fine-tuning. Measured: how many are the likeliest."""
+    """The cross entropy of the answers' tokens: supervised fine-tuning. Metric: how many are the likeliest."""
 
     measures: ClassVar[tuple[str, ...]] = ("token_accuracy",)
 
@@ -94,13 +94,13 @@ ANSWERS = Answers()
 
 
 def objective_of(beta: float | None) -> Objective:
-    """Preferences with this β, or answers where there is none."""
+    """DPO with this β, or supervised if None."""
     return ANSWERS if beta is None else Preferences(beta)
 
 
 def log_likelihoods(logits: torch.Tensor, wanted: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """What each answer's tokens [N] sum up to under logits [N, V], in float32; an answer has `counts` tokens."""
+    """The summed log-probability of each answer under logits [N, V], in float32; answers have `counts` tokens."""
     nats = -torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
     if not counts:
-        return nats  # of no tokens: still part of the graph, so that a worker without rows takes part in every step
+        return nats  # no tokens, but part of the graph, so that a worker without rows takes part in every step
     return torch.stack([tokens.sum() for tokens in nats.split(list(counts))])

@@ -1,7 +1,8 @@
-"""What a worker has for its job's driver: points of the run's curves, and questions.
+"""A worker's messages to its job's driver: points of the run's curves, and questions.
 
-A worker holds nothing that opens the platform (`Settings.env_of_workers`), so it writes to neither MLflow nor the
-database. The driver looks into the outbox of the first worker, and answers, by calls that Ray runs in its process.
+A worker has no credentials of the platform (`Settings.env_of_workers`), so it writes to neither MLflow nor the
+database. The driver polls the outbox of the first worker, and answers, through calls that Ray runs in the worker's
+process.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 MODEL = "model"
-"""Of a checkpoint's report: what is told of it where it is to become a version."""
+"""Key in a checkpoint's report: its data if it should become a version."""
 THE_CHAMPION = "champion"
 """To ask for."""
 AGAIN_S = 30.0
-"""So long after a question it is asked again: it or its answer may have been lost on the way."""
+"""When a question is repeated, since it or its answer may have been lost."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """Of several curves, at one step."""
+    """Values of several curves at one step."""
 
     step: int
     values: Mapping[str, float]
@@ -31,29 +32,29 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class WorkerQuestion:
-    """What the worker waits for."""
+    """A question for which the worker waits."""
 
     number: int
     about: str
 
 
 class Outbox:
-    """One worker's. Thread-safe: it trains on one thread, Ray's calls come on another."""
+    """One worker's outbox. Thread-safe: training uses one thread, Ray's calls another."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._asked: list[Future[Any]] = []
 
     def tell(self, step: int, values: Mapping[str, float]) -> None:
-        """Leave a point for the driver."""
+        """Add a point for the driver."""
         self._items.put(CurvePoint(step, dict(values)))
 
     def put(self, item: Any) -> None:
-        """Leave anything else for it."""
+        """Add any other message."""
         self._items.put(item)
 
     def ask(self, about: str) -> Any:
-        """Wait for the driver's answer. Raises the PedroError that it met."""
+        """Wait for the driver's answer. Raises its PedroError."""
         answer: Future[Any] = Future()
         self._asked.append(answer)
         question = WorkerQuestion(len(self._asked) - 1, about)
@@ -63,7 +64,7 @@ class Outbox:
         return answer.result()
 
     def take(self) -> list[CurvePoint | WorkerQuestion]:
-        """What was left since the last call."""
+        """The messages since the last call."""
         taken = []
         with suppress(queue.Empty):
             while True:
@@ -71,7 +72,7 @@ class Outbox:
         return taken
 
     def answer(self, number: int, value: Any) -> None:
-        """Answer a question, with an error if that is what `value` is. A second answer is dropped."""
+        """Answer a question, with an error if `value` is one. A second answer is ignored."""
         with suppress(InvalidStateError):
             if isinstance(value, Exception):
                 self._asked[number].set_exception(value)
@@ -80,14 +81,14 @@ class Outbox:
 
 
 OUTBOX = Outbox()
-"""Of this process, which is one worker."""
+"""The outbox of this process, which is one worker."""
 
 
 def take() -> list[CurvePoint | WorkerQuestion]:
-    """`Outbox.take`, as Ray calls it."""
+    """`Outbox.take`, called by Ray."""
     return OUTBOX.take()
 
 
 def answer(number: int, value: Any) -> None:
-    """`Outbox.answer`, as Ray calls it."""
+    """`Outbox.answer`, called by Ray."""
     OUTBOX.answer(number, value)

@@ -1,7 +1,7 @@
-"""Compares two versions row by row: whether one is better than the other by more than chance. A pure function.
+"""Compares two versions row by row: whether one is significantly better than the other. A pure function.
 
-Where rows are right or wrong: McNemar's test in its exact form (McNemar 1947, the binomial distribution of the rows on
-which both differ). For a loss: the paired bootstrap (Efron & Tibshirani 1993, chapter 16), which draws rows.
+For rows that are right or wrong: McNemar's exact test (McNemar 1947, the binomial distribution over the rows on which
+they differ). For a loss: the paired bootstrap (Efron & Tibshirani 1993, chapter 16), which resamples rows.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RowScore = tuple[float, float, int]
-"""How far a row is right, its loss, its answer's tokens."""
+"""A row's correctness, loss and answer tokens."""
 RESAMPLES, SEED = 10_000, 20_260_101
-DRAWN = 4_000_000  # counts that are in memory at once
-MOST_DRAWN = 400_000_000  # of many rows there are fewer resamples, but 1,000 at least
+DRAWN = 4_000_000  # counts in memory at a time
+MOST_DRAWN = 400_000_000  # with many rows there are fewer resamples, but at least 1,000
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A new version against the champion on the same rows. All gains count upwards: for a loss, what it fell by."""
+    """A new version compared with the champion on the same rows. Positive gains are better: for a loss, its
+    decrease."""
 
     metric: str
     method: str
@@ -31,14 +32,14 @@ class PairedTest:
     """Rows on which the new version is better than the champion."""
     worse: int
     p_better: float
-    """One-sided: how likely at least such a gain is where there is none."""
+    """One-sided: the probability of at least this gain under the null hypothesis."""
     p_worse: float
     low: float | None = None
     high: float | None = None
     """95 % interval of the gain, by the bootstrap."""
 
     def said(self) -> str:
-        """In half a sentence."""
+        """A short text."""
         interval = "" if self.low is None else f"95 % {self.low:+.4f} to {self.high:+.4f}, "
         chance = f"p = {self.p_better:.4f} for better, {self.p_worse:.4f} for worse"
         return (
@@ -47,7 +48,7 @@ class PairedTest:
 
 
 def compare_rows(metric: str, mine: Sequence[RowScore], champions: Sequence[RowScore]) -> PairedTest | None:
-    """The test for `metric`; None where there are no rows, not as many of both, or a loss is not finite."""
+    """The test for `metric`; None if there are no rows, their numbers differ, or a loss is not finite."""
     if not mine or len(mine) != len(champions):
         return None
     place = 1 if metric == "loss" else 0
@@ -63,14 +64,14 @@ def compare_rows(metric: str, mine: Sequence[RowScore], champions: Sequence[RowS
 
 
 def _tail(least: int, tries: int) -> float:
-    """The chance of `least` heads or more in `tries` tosses of a fair coin."""
+    """The probability of at least `least` heads in `tries` tosses of a fair coin."""
     fixed = math.lgamma(tries + 1) - tries * math.log(2)
     terms = (math.exp(fixed - math.lgamma(k + 1) - math.lgamma(tries - k + 1)) for k in range(least, tries + 1))
     return min(1.0, math.fsum(terms))
 
 
 def _bootstrap(mine: Sequence[RowScore], champions: Sequence[RowScore], better: int, worse: int) -> PairedTest | None:
-    """The mean loss of an answer token of both, on rows drawn with replacement; the same draws each time."""
+    """The mean loss per answer token of both, on rows drawn with replacement, with a fixed seed."""
     import numpy as np
 
     tokens = np.array([row[2] for row in mine], dtype=np.float64)
@@ -84,7 +85,7 @@ def _bootstrap(mine: Sequence[RowScore], champions: Sequence[RowScore], better: 
     parts = []
     for start in range(0, resamples, together):
         counts = random.multinomial(rows, np.full(rows, 1 / rows), size=min(together, resamples - start))
-        drawn = np.maximum(counts @ tokens, 1)  # a draw may hold nothing but rows without an answer
+        drawn = np.maximum(counts @ tokens, 1)  # a resample may only have rows without an answer
         parts.append((counts @ (losses[1] - losses[0])) / drawn)
     gains = np.concatenate(parts)
     low, high = (float(value) for value in np.quantile(gains, (0.025, 0.975)))

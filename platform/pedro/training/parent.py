@@ -1,4 +1,4 @@
-"""Training that starts from an adapter's version, the job's parent, instead of from a fresh adapter."""
+"""Training that starts from an adapter version, the job's parent, instead of a fresh adapter."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def pin_parent(spec: FineTuneSpec, store: Store) -> FineTuneSpec:
-    """The spec with its parent as one version, whose method it takes where it names none.
+    """The spec with its parent resolved to one version, whose method it takes if it names none.
 
-    Raises NotFoundError for a parent that is not the tenant's, ConfigError for one of another method.
+    Raises NotFoundError if the parent is not the tenant's, ConfigError if it has another method.
     """
     if spec.parent is None:
         return spec
     version = store.get_own_version(spec.parent, spec.tenant, "parent")
     trained = (version.spec or {}).get("method")
     if trained is None:
-        message = f"parent: {version.ref} was not trained here, so how is not known; start from a fresh adapter"
+        message = f"parent: {version.ref} was not trained here, so its method is unknown; start from a fresh adapter"
         raise ConfigError(message, param="parent")
     changes: dict[str, Any] = {"parent": version.ref}
     if "method" not in spec.model_fields_set:
@@ -34,7 +34,7 @@ def pin_parent(spec: FineTuneSpec, store: Store) -> FineTuneSpec:
 
 
 def with_pinned_parent(spec: FineTuneSpec, settings: Settings) -> FineTuneSpec:
-    """`pin_parent` with the store of these settings, which is opened where the spec has a parent alone."""
+    """`pin_parent` with the store of these settings, which is only opened if the spec has a parent."""
     if spec.parent is None:
         return spec
     from pedro.store import Store

@@ -1,6 +1,6 @@
-"""The rows of a job: its files tokenised once on each host, split, and counted. Loads no model.
+"""The rows of a job: its files tokenised once per host, split, and counted. Loads no model.
 
-Every worker prepares; the first on a host tokenises, the others find its rows in the host's cache, memory-mapped.
+Every worker prepares; the first on a host tokenises, the others memory-map its rows from the host's cache.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A job's rows before they are split for a method, and how their prompts are written."""
+    """A job's rows before they are split for a method, and their prompt format."""
 
     format: PromptFormat
     digest: str
@@ -48,7 +48,8 @@ class PreparedData:
     _rows: dict[str, Dataset] = field(repr=False)
 
     def splits(self, with_theta: bool) -> tuple[Dataset, Dataset | None, Dataset | None]:
-        """(train, theta, validation); without Θ, what would be theta is part of train. No validation is None."""
+        """(train, theta, validation); without Θ, theta's rows are part of train. Validation is None if there is
+        none."""
         from datasets import concatenate_datasets
 
         shares = {
@@ -70,14 +71,14 @@ class PreparedData:
         return train, theta, validation if len(validation) else None
 
     def scored(self, max_rows: int) -> tuple[str, Dataset | None]:
-        """What the gate sees: the test rows, else the validation rows, else nothing; and which of them it is."""
+        """The rows of the gate: test, else validation, else none; and which of these."""
         if "test" in self._rows:
             return "test", sample(self._rows["test"], max_rows)
         *_, validation = self.splits(with_theta=False)
         return ("validation", sample(validation, max_rows)) if validation is not None else ("none", None)
 
     def leaked(self) -> dict[str, int]:
-        """How many different prompts of the other files are in the training file too, by role; none where it is 0."""
+        """How many distinct prompts of the other files are also in the training file, by role; without zeros."""
         import numpy as np
 
         hashes = {name: _hashes(rows) for name, rows in self._rows.items()}
@@ -86,8 +87,8 @@ class PreparedData:
         return {name: count for name, count in shared.items() if count}
 
     def lengths(self) -> tuple[float, int, int]:
-        """Mean number of tokens of a training row (of both sides of a preference), the largest number that one sequence
-        has, and the longest answer's."""
+        """Mean tokens per training row (both sides of a preference), the longest sequence's, and the longest
+        answer's."""
         rows = self._rows["train"]
         measured = rows[: min(len(rows), MEASURED_ROWS)]
         sides = [measured[name] for name in ("input_ids", REJECTED) if name in measured]
@@ -125,13 +126,13 @@ def prepare_data(
     for name, form in formats.items():
         if form != formats["train"]:
             raise DataError(
-                f"data.{name}: holds {shapes[name]}, but data.train holds {shapes['train']}; bring both in one shape",
+                f"data.{name}: contains {shapes[name]}, but data.train contains {shapes['train']}; convert one of them",
                 param=f"data.{name}",
             )
     form = _conditioned(formats["train"], spec, tokenizer)
     digests = {name: data_digest(path) for name, path in sorted(files.items())}
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "rows.lock"):  # one worker of a host tokenises, the others find its rows
+    with FileLock(cache / "rows.lock"):  # one worker per host tokenises, the others find its rows
         rows = {
             name: load_rows(
                 path, tokenizer, form, max_length, cache / "rows", data.fields, partial(_of_file, tell, name)
@@ -147,7 +148,7 @@ def _of_file(tell: Tell, name: str, text: str) -> None:
 
 
 def _conditioned(form: PromptFormat, spec: FineTuneSpec, tokenizer: Tokenizer) -> PromptFormat:
-    """The format with the tokens that end its system turn, where the spec's method conditions on that."""
+    """The format with the tokens that end its system turn, if the spec's method conditions on that."""
     from pedro.data.conditioning import SYSTEM, find_head_end
 
     options = spec.method.options
@@ -178,9 +179,9 @@ def _hashes(rows: Dataset) -> Any:
 
 
 def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) -> list[str]:
-    """What a person should know before these rows are trained on."""
+    """Warnings about these rows before training."""
     notes = [
-        f"data.{name}: {count:,} of its prompts are in data.train too, which flatters its score"
+        f"data.{name}: {count:,} of its prompts are also in data.train, which inflates its score"
         for name, count in prepared.leaked().items()
     ]
     if plan.batch_size < training.batch_size:
@@ -192,7 +193,7 @@ def notes(prepared: PreparedData, training: TrainingSpec, plan: TrainingPlan) ->
 def make_training_plan(
     training: TrainingSpec, train_rows: int, has_theta: bool, objective: Objective = ANSWERS
 ) -> TrainingPlan:
-    """The numbers that the loop counts with. A batch holds no row twice: at most all rows."""
+    """The loop's numbers. A batch has no row twice, so at most all rows."""
     batch_size = min(training.batch_size, train_rows)
     epoch = train_rows / batch_size
     by_epochs = max(1, math.ceil(training.epochs * epoch)) if training.epochs is not None else None

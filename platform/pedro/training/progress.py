@@ -1,4 +1,4 @@
-"""A job's progress, read from the lines that it prints for people: its phase, its steps, the time that is left.
+"""A job's progress, parsed from its log lines: phase, steps, remaining time.
 
 The lines are those of `loop.py`, `trainer.py`, `worker.py` and `job.py`; a test trains and reads them.
 """
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 
 class Phase(StrEnum):
-    """What a job does, in order."""
+    """The phases of a job, in order."""
 
     VALIDATING = "validating"
     QUEUED = "queued"
@@ -35,7 +35,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """`steps` is how many are planned, 0 while it is not known; `left_s` how long they take at the speed so far."""
+    """`steps` is the planned number, 0 while unknown; `left_s` the remaining time at the speed so far."""
 
     phase: Phase
     step: int = 0
@@ -44,14 +44,14 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Of the training, from 0 to 1."""
+        """The completed share of training, from 0 to 1."""
         if self.phase in (Phase.SCORING, Phase.REGISTERING):
             return 1.0
         return min(1.0, self.step / self.steps) if self.steps else 0.0
 
 
 def read_progress(lines: Iterable[str]) -> Progress:
-    """The last word of a running job's lines, which may begin anywhere. A driver that starts again begins anew."""
+    """The latest progress in a running job's lines, which may start anywhere. A restarted driver starts over."""
     now = Progress(Phase.STARTING)
     for line in lines:
         if planned := PLANNED.match(line):

@@ -16,7 +16,7 @@ ROUNDING = 1e-9  # so that a gain of exactly min_gain passes
 
 @dataclass(frozen=True)
 class GateDecision:
-    """Whether the alias moves, and why, in one sentence."""
+    """Whether the alias moves, and why, as one sentence."""
 
     passed: bool
     reason: str
@@ -29,10 +29,10 @@ def decide(
     backbone_metrics: Mapping[str, float],
     paired: PairedTest | None = None,
 ) -> GateDecision:
-    """Compare the new version with the champion, or with the bare backbone where there is no champion yet.
+    """Compare the new version with the champion, or with the bare backbone if there is no champion yet.
 
-    All metrics must come from the same rows. For `loss`, less is better and `floor` is the most that is allowed.
-    `paired` can only refuse what the gain alone would let pass; without it, the gain alone decides.
+    All metrics must come from the same rows. For `loss`, lower is better and `floor` is the maximum. `paired` can only
+    refuse a version that the gain alone would accept; without it, only the gain decides.
     """
     name, sign = gate.metric, (-1.0 if gate.metric == "loss" else 1.0)
     rival, than = (backbone_metrics, "backbone") if champion_metrics is None else (champion_metrics, "champion")
@@ -45,17 +45,19 @@ def decide(
     if not math.isfinite(other):
         return GateDecision(True, f"{name} {value:.4f}; the {than} has no {name} to compare with")
     gain = sign * (value - other)
-    compared = f"{name} {value:.4f} against {other:.4f} of the {than}: gain {gain:+.4f}, gate wants {gate.min_gain:+g}"
+    compared = (
+        f"{name} {value:.4f} against {other:.4f} of the {than}: gain {gain:+.4f}, gate requires {gate.min_gain:+g}"
+    )
     enough = gain >= gate.min_gain - ROUNDING
     if champion_metrics is None:
         return GateDecision(enough, compared)
     if paired is None:
-        return GateDecision(enough, f"{compared}; by the gain alone, as there are no scores by row")
+        return GateDecision(enough, f"{compared}; decided by the gain, since there are no scores by row")
     compared = f"{compared}; {paired.said()}"
     if not enough or gate.evidence == "none":
         return GateDecision(enough, compared)
     if paired.p_worse < gate.level:
         return GateDecision(False, f"{compared}: significantly worse at {gate.level:g}")
     if gate.evidence == "better" and paired.p_better >= gate.level:
-        return GateDecision(False, f"{compared}: not significantly better at {gate.level:g}, as gate.evidence wants")
+        return GateDecision(False, f"{compared}: not significantly better at {gate.level:g}, as gate.evidence requires")
     return GateDecision(True, compared)

@@ -1,6 +1,6 @@
-"""Drivers as Ray jobs: starts them, lists them, follows what they print, and ends them.
+"""Drivers as Ray jobs: starts them, lists them, follows their output, and ends them.
 
-Needs only the cluster's dashboard URL, and imports Ray's job client alone.
+Needs only the cluster's dashboard URL, and imports only Ray's job client.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NOISE = re.compile(
             r"INFO worker\.py",
             r"Running entrypoint for job",
             r"TrainingReport\(",
-            r"^\[[^]]*\] .*\.cc:\d+: ",  # Ray's C++ parts, and the stacks that they leave
+            r"^\[[^]]*\] .*\.cc:\d+: ",  # Ray's C++ code, and its stack traces
             r"core_worker\.cc",
             r"^\*\*\* SIG\w+ received",
             r"^(PC: )?\s*@\s+0x[0-9a-f]+",
@@ -47,28 +47,29 @@ NOISE = re.compile(
     )
 )
 POLL_S = 1.0
-STOP_S = 10.0  # Ray kills a driver that does not end within 3
+STOP_S = 10.0  # Ray kills a driver that does not exit within 3
 
 
 def launch(module: str, job_id: str, settings: Settings, dashboard_url: str, metadata: dict[str, str]) -> None:
-    """Have the cluster run `python -m module` (arguments included) as the Ray job `job_id`, with these settings.
+    """Run `python -m module` (arguments included) on the cluster as the Ray job `job_id`, with these settings.
 
-    Raises UnavailableError if the cluster does not take it.
+    Raises UnavailableError if the cluster does not accept it.
     """
     try:
         _client(dashboard_url).submit_job(
-            entrypoint=f"{shlex.quote(_python(dashboard_url))} -m {module}",  # a line for a shell
+            entrypoint=f"{shlex.quote(_python(dashboard_url))} -m {module}",  # run by a shell
             submission_id=job_id,
             runtime_env={"env_vars": {**settings.env(), **ENVIRONMENT}},
-            entrypoint_num_cpus=0,  # the driver waits; the CPUs are for the workers
+            entrypoint_num_cpus=0,  # the driver is idle; the CPUs are for the workers
             metadata=metadata,
         )
     except (RuntimeError, OSError) as error:
-        raise UnavailableError(f"the Ray cluster at {dashboard_url} did not take the job: {_line(error)}") from error
+        raise UnavailableError(f"the Ray cluster at {dashboard_url} did not accept the job: {_line(error)}") from error
 
 
 def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
-    """The lines of a job for people, as they come, until it ends: progress, errors, the result; no framework noise."""
+    """The user-facing lines of a job, as they appear, until it ends: progress, errors, the result; no framework
+    output."""
     status(job_id, dashboard_url)  # raises for an unknown job
     client = _client(dashboard_url)
     seen, rest = 0, ""
@@ -84,7 +85,7 @@ def follow(job_id: str, dashboard_url: str) -> Iterator[str]:
 
 
 def readable(lines: Iterable[str]) -> Iterator[str]:
-    """Lines of a Ray job's log without prefixes and colours, and without those of Ray's own actors."""
+    """Lines of a Ray job's log without prefixes and colours, and without lines of Ray's own actors."""
     for line in lines:
         match = PREFIX.match(line)
         text = COLOUR.sub("", line[match.end() :] if match else line).rstrip()
@@ -95,12 +96,12 @@ def readable(lines: Iterable[str]) -> Iterator[str]:
 
 
 def for_people(lines: Iterable[str]) -> Iterator[str]:
-    """The same without a driver's result as JSON, which says in one long line what stands above it."""
+    """The same without a driver's result as JSON, a long line that repeats the lines above."""
     return (line for line in lines if not line.startswith('{"'))
 
 
 def logs(job_id: str, dashboard_url: str) -> str:
-    """Everything that a job wrote, Ray's own lines included."""
+    """Everything that a job wrote, including Ray's own lines."""
     status(job_id, dashboard_url)
     return _client(dashboard_url).get_job_logs(job_id)
 
@@ -110,13 +111,11 @@ def status(job_id: str, dashboard_url: str) -> str:
     try:
         return str(_client(dashboard_url).get_job_status(job_id).value)
     except RuntimeError as error:
-        raise NotFoundError(
-            f"job '{job_id}' is not known to the Ray cluster at {dashboard_url}", param="job"
-        ) from error
+        raise NotFoundError(f"the Ray cluster at {dashboard_url} has no job '{job_id}'", param="job") from error
 
 
 def stop(job_id: str, dashboard_url: str) -> str:
-    """End a Ray job and return how it ended: a `JobStatus`, not always `cancelled`. One that has ended stays so."""
+    """End a Ray job and return how it ended: a `JobStatus`, not always `cancelled`. No effect if it has ended."""
     status(job_id, dashboard_url)
     client = _client(dashboard_url)
     if client.stop_job(job_id):
@@ -127,19 +126,19 @@ def stop(job_id: str, dashboard_url: str) -> str:
 
 
 def ask_to_end(job_id: str, dashboard_url: str) -> None:
-    """Begin to end a Ray job; nothing happens if it has ended, or there is none."""
+    """Start ending a Ray job; no effect if it has ended or does not exist."""
     with contextlib.suppress(RuntimeError):
         _client(dashboard_url).stop_job(job_id)
 
 
 def drivers(dashboard_url: str) -> list[JobDetails]:
-    """The Ray jobs that the cluster knows."""
+    """All Ray jobs of the cluster."""
     return _client(dashboard_url).list_jobs()
 
 
 def jobs(dashboard_url: str) -> list[dict[str, Any]]:
-    """The Ray jobs of the platform that the cluster knows, newest first: id, metadata (tenant, adapter and job; of
-    sweeps of earlier releases tenant, model and sweep), status, message, started, ended."""
+    """The platform's Ray jobs on the cluster, newest first: id, metadata (tenant, adapter and job; for sweeps of
+    earlier releases tenant, model and sweep), status, message, started, ended."""
     submitted = sorted(drivers(dashboard_url), key=lambda job: job.start_time or 0, reverse=True)
     return [
         {
@@ -167,7 +166,7 @@ def _client(dashboard_url: str) -> JobSubmissionClient:
 
 
 def _python(dashboard_url: str) -> str:
-    """This interpreter on this host; elsewhere whatever the cluster's image calls python."""
+    """This interpreter on this host; elsewhere the `python` of the cluster's image."""
     return sys.executable if is_loopback(urlsplit(dashboard_url).hostname or "") else "python"
 
 

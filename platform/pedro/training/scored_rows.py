@@ -1,7 +1,8 @@
-"""The rows behind a job's scores: prompt, expected answer, answers of the adapter and the bare backbone; bounded.
+"""The rows behind a job's scores: prompt, expected answer, answers of the adapter and the bare backbone; limited in
+size.
 
-They are a file of the job's folder in the storage (`jobs/<id>/rows.jsonl.gz`), so they go with the job: at erasure, at
-`pedro gc`. No route serves them.
+They are a file in the job's folder in the storage (`jobs/<id>/rows.jsonl.gz`), so they are deleted with the job: by
+erasure or `pedro gc`. No route serves them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 FILE = "rows.jsonl.gz"
 MOST_ROWS = 5000
-MOST_CHARS = 4000  # of a text; of a prompt its end is kept, which holds the question
-MOST_BYTES = 64 * 2**20  # unpacked, of a file that is read back
+MOST_CHARS = 4000  # per text; prompts are cut at the beginning, to keep the question
+MOST_BYTES = 64 * 2**20  # uncompressed, when reading a file
 
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """One row of the test file, or of validation where there is none. Losses are nats of an answer token."""
+    """One row of the test file, or else of validation. Losses are nats per answer token."""
 
     prompt: str
     wanted: str
@@ -37,12 +38,12 @@ class ScoredRow:
     loss: float
     backbone_answer: str = ""
     backbone_right: bool | None = None
-    """None where the backbone was not asked."""
+    """None if the backbone was not scored."""
     backbone_loss: float | None = None
 
 
 def scored_rows(prompts: Iterable[str], wanted: Iterable[str], adapted: Score, bare: Score) -> list[ScoredRow]:
-    """The first rows with both scores; none where answers were not kept, as of preferences."""
+    """The first rows with both scores; none if there are no answers, as for preferences."""
     if not adapted.answers:
         return []
     beside = bare if len(bare.answers) == len(adapted.answers) else None
@@ -67,23 +68,23 @@ def scored_rows(prompts: Iterable[str], wanted: Iterable[str], adapted: Score, b
 
 
 def write_rows(path: Path, rows: Sequence[ScoredRow]) -> None:
-    """Pack rows into a file; none where there are none."""
+    """Compress rows into a file; None if there are none."""
     if rows:
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         path.write_bytes(gzip.compress(text.encode("utf-8", "replace"), mtime=0))
 
 
 def keep_rows(storage: str, job_id: str, packed: Path, log: Callable[[str], None]) -> None:
-    """Put a job's packed rows into the storage, if it has any. Where that fails, the job goes on, and says so."""
+    """Store a job's compressed rows, if it has any. Failures are only logged."""
     if packed.is_file():
         try:
             put_file(str(packed), join(storage, "jobs", job_id, FILE))
         except PedroError as error:
-            log(f"the rows behind the scores are not kept: {error.message}")
+            log(f"the rows behind the scores could not be stored: {error.message}")
 
 
 def read_rows(storage: str, job_id: str) -> list[ScoredRow]:
-    """A job's rows; none where none were kept. Raises ValueError for a file that is broken or too large."""
+    """A job's rows; empty if none were stored. Raises ValueError if the file is damaged or too large."""
     packed = read_bytes(join(storage, "jobs", job_id, FILE))
     if packed is None:
         return []
@@ -91,12 +92,12 @@ def read_rows(storage: str, job_id: str) -> list[ScoredRow]:
         with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as file:
             text = file.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
-            raise ValueError(f"{FILE} holds more than {MOST_BYTES:,} characters")
+            raise ValueError(f"{FILE} contains more than {MOST_BYTES:,} characters")
         return [ScoredRow(**_known(json.loads(line))) for line in text.splitlines() if line]
     except (OSError, EOFError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{FILE} of job {job_id} cannot be read ({type(error).__name__})") from error
 
 
 def _known(values: Any) -> dict[str, Any]:
-    """The fields that this release knows."""
+    """The row with the fields known to this release."""
     return {name: values[name] for name in ScoredRow.__dataclass_fields__ if name in values}

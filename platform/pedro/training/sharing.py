@@ -1,4 +1,4 @@
-"""Which jobs may train together in one worker (`resources.share`), as far as their specs say. Imports no torch."""
+"""Which jobs may train together in one worker (`resources.share`), by their specs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,38 @@ METHODS = (
 )
 MOST_JOBS = 8
 MOST_ROWS = 256
-"""Of one pass: what a group needs of memory beside one backbone grows with its rows."""
+"""Limit per pass, since a group's memory besides the backbone grows with its rows."""
 
 
 def why_alone(spec: FineTuneSpec) -> str:
     """Why the job cannot share a worker, with the remedy; empty if it can."""
     method, options = spec.method.name, spec.method.options
     alone = [
-        (method not in METHODS, f"method {method} trains alone; the methods that share are {', '.join(METHODS)}"),
-        (spec.objective != "supervised", f"objective {spec.objective} trains alone"),
+        (method not in METHODS, f"method {method} cannot share; methods that can are {', '.join(METHODS)}"),
+        (spec.objective != "supervised", f"objective {spec.objective} cannot share"),
         (
             spec.resources.workers > 1,
-            f"one worker is what is shared, not {spec.resources.workers} (resources.workers)",
+            f"jobs share one worker, not {spec.resources.workers} (resources.workers)",
         ),
         (spec.resources.zero_stage > 0, f"resources.zero_stage {spec.resources.zero_stage} shards one job's state"),
         (spec.training.gradient_checkpointing, "training.gradient_checkpointing repeats the passes of one job alone"),
-        (bool(options.get("dropout")), "method.dropout draws what others' rows would change; set it to 0"),
+        (
+            bool(options.get("dropout")),
+            "method.dropout would draw random numbers that depend on other jobs; set it to 0",
+        ),
         (
             options.get("conditioning") == "system" and not options.get("head_end"),
-            "conditioning: system finds head_end in each job's own data; give method.head_end",
+            "conditioning: system finds head_end in each job's own data; set method.head_end",
         ),
     ]
     return next((f"{reason}; leave it false" for applies, reason in alone if applies), "")
 
 
 def group_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
-    """Jobs with the same key may train together; of a resolved spec as it stands in the store, None if it shares none.
+    """Jobs with the same key may train together. For a resolved spec from the store; None if it does not share.
 
-    Backbone and method, options included, precision, what the worker takes of the cluster, and about how long rows may
-    be, to which others are padded; `tenant` is whose it is, where only jobs of one tenant may.
+    The key has backbone, method with options, precision, resources, and the approximate maximum length of rows, to
+    which others are padded; `tenant` is part of it if only jobs of one tenant may share.
     """
     resources = spec.get("resources") or {}
     if not resources.get("share"):
@@ -55,6 +58,6 @@ def group_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
 
 
 def rows_of_pass(spec: Mapping[str, Any]) -> int:
-    """How many rows the job has in one pass."""
+    """The job's rows per pass."""
     training = spec.get("training") or {}
     return -(-int(training.get("batch_size", 16)) // int(training.get("gradient_accumulation", 1)))

@@ -1,7 +1,7 @@
-"""What a fine-tuning job is asked to do: the YAML of `pedro submit`, frozen and checked.
+"""The spec of a fine-tuning job: the YAML of `pedro submit`, validated and immutable.
 
-Unknown keys are refused, and all mistakes are reported together (`pedro.config.load_spec`). Options of the method
-are checked by the method itself when the job is resolved, since each method has its own.
+Unknown keys are refused, and all mistakes are reported together (`pedro.config.load_spec`). Each method validates its
+own options when the job is resolved.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 class DataSpec(Frozen):
-    """The tenant's files (JSONL, a JSON array, CSV or parquet): paths, relative ones from the spec's own folder; ids of
-    files that the tenant uploaded (`file-…`); or `pedro://demo/...` for the data that the package carries.
+    """The tenant's files (JSONL, a JSON array, CSV or parquet): paths, relative to the spec's folder; ids of files that
+    the tenant uploaded (`file-…`); or `pedro://demo/...` for packaged data.
     """
 
     train: str
-    """The rows to train on."""
+    """Training rows."""
     theta: Share | str = 0.1
-    """What the Θ steps see, cut from train: a share of it or a file. Methods without Θ train on it as well."""
+    """Rows of the Θ steps: a share of train or a file. Methods without Θ also train on it."""
     validation: Share | str = 0.1
-    """What stops training and picks the best checkpoint: a share of train or a file; 0 means none."""
+    """Rows for early stopping and selecting the best checkpoint: a share of train or a file; 0 means none."""
     test: str | None = None
-    """What the gate and the reported metrics see; validation stands in if there is none."""
+    """Rows of the gate and the reported metrics; default: validation."""
     special_tokens_in_content: bool = False
-    """Whether `</s>` and the like, spelled in a row's text, are the special tokens themselves, in training and serving;
-    else they are plain text."""
+    """Whether `</s>` and the like in a row's text are parsed as special tokens, in training and serving; else they are
+    plain text."""
     template: str | None = None
-    """What stands around each prompt of a file of prompts and completions, in training and serving: `Text: {prompt}`,
-    a line break, `Intent:`. So every prompt ends with the same token, which PEDRO reads."""
+    """The text around each prompt of a file of prompts and completions, in training and serving: `Text: {prompt}`, a
+    line break, `Intent:`. Every prompt then ends with the same token, which PEDRO reads."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """Which columns of the files stand for which fields, where their names are others: {prompt: question}."""
+    """The files' column names, if they differ from the field names: {prompt: question}."""
 
     @field_validator("template")
     @classmethod
@@ -86,11 +86,11 @@ class DataSpec(Frozen):
         return self
 
     def files(self) -> dict[str, str]:
-        """The files that are named, by role."""
+        """The files by role."""
         return {name: value for name in FILES if isinstance(value := getattr(self, name), str)}
 
     def located(self, base: Path) -> DataSpec:
-        """The same with absolute paths: relative ones start from `base`, `pedro://` ones from the package's assets."""
+        """The same with absolute paths: relative ones start at `base`, `pedro://` ones at the package's assets."""
         return self.model_copy(update={name: _located(base, value) for name, value in self.files().items()})
 
 
@@ -103,7 +103,7 @@ class MethodSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str = "pedro"
-    """As `pedro methods` lists it; the method's own options stand beside it."""
+    """A name listed by `pedro methods`; the method's options are given beside it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,59 +122,59 @@ class TrainingSpec(Section):
     since: ClassVar[dict[str, Any]] = {"packing": True}
 
     epochs: float | None = Field(10.0, gt=0, le=100_000)
-    """Passes over train; without one, and where only `max_steps` is given, `max_steps` alone ends training."""
+    """Passes over train; if null, or if only `max_steps` is given, `max_steps` ends training."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
-    """Ω steps at most; beside `epochs`, whichever ends first."""
+    """Maximum number of Ω steps; if `epochs` is also given, whichever ends first."""
     lr: float = Field(1e-4, gt=0, le=100)
-    """Learning rate of Ω, and of Θ without `theta_lr`; small backbones want more than the paper's 1e-4."""
+    """Learning rate of Ω, and of Θ without `theta_lr`; small backbones need more than the paper's 1e-4."""
     batch_size: int = Field(16, ge=1, le=10**6)
-    """Rows of one optimizer step, over all workers together."""
+    """Rows per optimizer step, over all workers."""
     gradient_accumulation: int = Field(1, ge=1, le=10**6)
-    """Into how many slices a worker cuts its share of a batch, to save memory; the result stays the same."""
+    """Number of slices into which a worker splits its share of a batch, to save memory; the result is the same."""
     max_length: int | None = Field(None, ge=2, le=10**8)
     """Tokens of prompt and answer together; the backbone's context if not given."""
     packing: bool = True
     """Pass no padding through the backbone, wherever that saves something and the method allows it: on a CPU, by one
     worker. Each row keeps its own prompt and vectors, so that only rounding differs; false pads every batch."""
     warmup: float = Field(0.06, ge=0, lt=1)
-    """Share of the steps in which the learning rate climbs; it then falls linearly to zero."""
+    """Share of the steps with linear warm-up of the learning rate, before linear decay to zero."""
     weight_decay: float = Field(0.0, ge=0, le=100)
-    """Decoupled (AdamW), on Ω only."""
+    """Decoupled weight decay (AdamW), on Ω only."""
     clip: float = Field(1.0, ge=0, le=10**6)
-    """Largest gradient norm; 0 does not clip."""
+    """Maximum gradient norm; 0 disables clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the frozen backbone. An adapter's own parameters are float32 in either case."""
+    """Precision of the frozen backbone. The adapter's parameters are always float32."""
     bilevel: bool = True
     """Alternate Ω steps on train with Θ steps on theta (eq. 8); false trains both together on both."""
     theta_every: int = Field(1, ge=1, le=10**9)
-    """Ω steps from one Θ step to the next."""
+    """Ω steps between Θ steps."""
     theta_lr: float | None = Field(None, gt=0, le=100)
-    """Learning rate of Θ; `lr` if not given. Where `lr` is above 1e-4, leave Θ there: 1e-3 costs up to 11 points."""
+    """Learning rate of Θ; default: `lr`. If `lr` is above 1e-4, set this to 1e-4: 1e-3 costs up to 11 points."""
     b_up_lr_ratio: float | None = Field(None, gt=0, le=1000)
-    """How many times faster b_up of equation 6 learns, which is an (IA)³ of its own; 1 if not given."""
+    """Factor on the learning rate of b_up in equation 6, which is an (IA)³ by itself; default 1."""
     eval_every: int = Field(200, ge=0, le=10**9)
-    """Ω steps between validations; 0 means once an epoch."""
+    """Ω steps between validations; 0 means once per epoch."""
     eval_rows: int = Field(2000, ge=1, le=10**9)
-    """The most validation rows that are used."""
+    """Maximum number of validation rows."""
     patience: int = Field(10, ge=1, le=10**9)
-    """Validations without a better loss after which training stops."""
+    """Validations without improvement after which training stops."""
     checkpoint_every: int = Field(0, ge=0, le=10**9)
     """Ω steps between checkpoints; 0 means at each validation."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations instead of storing them."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Of the adapter's first values, the order of the rows and dropout."""
+    """Seed of the adapter's initial values, the order of rows and dropout."""
 
     @model_validator(mode="before")
     @classmethod
     def _steps_alone(cls, value: Any) -> Any:
-        """Steps that were asked for are not cut short by the default of `epochs`; a resolved spec says so itself."""
+        """With `max_steps`, the default of `epochs` must not end training earlier; resolved specs set it to None."""
         if isinstance(value, dict) and value.get("max_steps") is not None and "epochs" not in value:
             return {**value, "epochs": None}
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what came later than the first results is left out at its default: ids are made of it."""
+        """As JSON; keys added after the first results are omitted at their defaults, since ids are derived from it."""
         return {
             name: value
             for name, value in self.model_dump(mode="json").items()
@@ -196,16 +196,16 @@ class ResourcesSpec(Section):
     workers: int = Field(1, ge=1, le=4096)
     """Processes that share each batch."""
     cpus_per_worker: float = Field(1, gt=0, le=4096)
-    """That Ray sets aside for each."""
+    """CPUs that Ray reserves per worker."""
     gpus_per_worker: float = Field(0, ge=0, le=64)
-    """That Ray sets aside for each; 0 trains on the CPU."""
+    """GPUs that Ray reserves per worker; 0 trains on the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed shards: nothing, optimizer state, gradients too, parameters too."""
+    """What DeepSpeed shards: nothing, optimizer state, also gradients, also parameters."""
     max_failures: int = Field(3, ge=0, le=1000)
-    """How often lost workers are replaced, each time from the last checkpoint."""
+    """How often lost workers are replaced, resuming from the last checkpoint."""
     share: bool = False
-    """Whether the job may train in one worker with its tenant's others of the same backbone, method and resources that
-    wait when it does and share too: one pass over the backbone serves the rows of all."""
+    """Whether the job may train in one worker with others of its tenant that are queued at the same time, also share
+    and have the same backbone, method and resources: one pass over the backbone serves the rows of all."""
 
 
 class GateSpec(Section):
@@ -214,44 +214,44 @@ class GateSpec(Section):
     since: ClassVar[dict[str, Any]] = {"evidence": "not_worse", "level": 0.05}
 
     metric: Literal["accuracy", "loss", "preference_accuracy"] = "accuracy"
-    """What is compared: exact match of generated answers, or the mean loss per answer token; under objective dpo the
-    share of pairs whose better answer the adapter favours more than the backbone does (its default), or the mean loss
-    per pair."""
+    """The metric: exact match of generated answers, or the mean loss per answer token; with objective dpo the share of
+    pairs whose better answer the adapter favours more than the backbone does (its default), or the mean loss per
+    pair."""
     min_gain: float = Field(-0.005, ge=-1e6, le=1e6)
-    """Least improvement over the champion; a small negative number lets an equal version pass."""
+    """Minimum improvement over the champion; a small negative number accepts an equal version."""
     floor: float | None = None
-    """The value that is needed in any case (for loss: the largest allowed)."""
+    """Minimum value in any case (for loss: the maximum)."""
     max_rows: int = Field(1000, ge=1, le=10**9)
-    """The most rows that are scored."""
+    """Maximum number of scored rows."""
     evidence: Literal["none", "not_worse", "better"] = "not_worse"
-    """What a paired test on these rows must show beside the gain: nothing; that it is not significantly worse than the
-    champion; or that it is significantly better."""
+    """What a paired test on these rows must show besides the gain: nothing; that the version is not significantly worse
+    than the champion; or that it is significantly better."""
     level: float = Field(0.05, gt=0, lt=0.5)
-    """Of that test, one-sided: below it a difference is significant."""
+    """One-sided significance level of that test."""
 
 
 class DPOSpec(Frozen):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
 
     beta: float = Field(0.1, gt=0, le=100)
-    """How much a step away from the backbone weighs: the higher, the closer the adapter stays to it."""
+    """Penalty on deviating from the backbone: the higher, the closer the adapter stays to it."""
 
 
 class FineTuneSpec(Frozen):
     """One fine-tuning job."""
 
     tenant: str
-    """Who owns the adapter; the first part of its name."""
+    """The adapter's owner; the first part of its name."""
     adapter: str
     """The second part of its name, `tenant.adapter`."""
     backbone: str = "stories260K"
-    """A name of `pedro backbones list`, a transformers directory, or a hub id."""
+    """A name from `pedro backbones list`, a transformers directory, or a hub id."""
     data: DataSpec
     parent: str | None = None
-    """A version of the tenant's (`acme.voice`, `acme.voice:3`) whose weights training starts from, and whose method it
-    takes; a fresh adapter if not given."""
+    """A version of the tenant (`acme.voice`, `acme.voice:3`) whose weights and method training starts from; default: a
+    fresh adapter."""
     objective: Literal["supervised", "dpo"] = "supervised"
-    """What is learnt: the answers of the rows, or which of a row's two answers is the better one (dpo)."""
+    """What is trained: the rows' answers, or which of a row's two answers is better (dpo)."""
     dpo: DPOSpec = DPOSpec()
     """Of objective dpo."""
     method: MethodSpec = MethodSpec()
@@ -270,7 +270,7 @@ class FineTuneSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _gate_of_preferences(cls, value: Any) -> Any:
-        """Under dpo, a gate that names no metric compares the accuracy on preferences."""
+        """With dpo, a gate without a metric compares the accuracy on preferences."""
         gate = (value.get("gate") or {}) if isinstance(value, dict) and value.get("objective") == "dpo" else None
         if isinstance(gate, dict) and "metric" not in gate:
             return {**value, "gate": {**gate, "metric": "preference_accuracy"}}
@@ -280,23 +280,23 @@ class FineTuneSpec(Frozen):
     def _one_objective(self) -> FineTuneSpec:
         preferences = self.objective == "dpo"
         if not preferences and "dpo" in self.model_fields_set:
-            raise ValueError("dpo: is of objective dpo; set objective: dpo, or leave it out")
+            raise ValueError("dpo: only for objective dpo; set objective: dpo, or leave it out")
         if preferences and self.parent:
             raise ValueError(
-                "parent: objective dpo starts from a fresh adapter, as it measures against the backbone; leave it out"
+                "parent: objective dpo starts from a fresh adapter, since it compares with the backbone; leave it out"
             )
         if preferences and self.method.name == "full":
             raise ValueError(
-                "objective: dpo compares an adapter with its backbone, which method full trains itself; take another"
+                "objective: dpo compares an adapter with its backbone, which method full changes; use another method"
             )
         if self.gate.metric == ("accuracy" if preferences else "preference_accuracy"):
             known = "preference_accuracy or loss" if preferences else "accuracy or loss"
-            raise ValueError(f"gate.metric: {self.gate.metric} is not measured under {self.objective}; give {known}")
+            raise ValueError(f"gate.metric: {self.gate.metric} is not measured with {self.objective}; use {known}")
         return self
 
     @model_serializer(mode="wrap")
     def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what came later where it says nothing: digests of earlier specs are made of it."""
+        """Without keys added later at their defaults, since digests of earlier specs were made without them."""
         fields: dict[str, Any] = handler(self)
         silent = [*(() if self.objective == "dpo" else ("objective", "dpo")), *(() if self.parent else ("parent",))]
         return {name: value for name, value in fields.items() if name not in silent}
@@ -319,7 +319,7 @@ class FineTuneSpec(Frozen):
 
     @property
     def beta(self) -> float | None:
-        """DPO's β, None under another objective."""
+        """DPO's β, None with another objective."""
         return self.dpo.beta if self.objective == "dpo" else None
 
     @property
@@ -329,21 +329,21 @@ class FineTuneSpec(Frozen):
 
     @property
     def name(self) -> str:
-        """`tenant.adapter`, as the registry calls it."""
+        """`tenant.adapter`, the name in the registry."""
         return self.ref.name
 
     def located(self, base: Path) -> FineTuneSpec:
-        """The same spec with absolute paths; a backbone may also lie in the working directory."""
+        """The same spec with absolute paths; a backbone may also be in the working directory."""
         backbone = locate_backbone(self.backbone, base, Path.cwd())
         return self.model_copy(update={"data": self.data.located(base), "backbone": backbone})
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved spec as JSON holds it; `FineTuneSpec.model_validate` reads it back."""
+        """The resolved spec as JSON; `FineTuneSpec.model_validate` parses it."""
         return self.model_dump(mode="json")
 
 
 def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineTuneSpec:
-    """Read a spec file; its relative paths start from its folder, those of overrides from the working directory.
+    """Read a spec file; its relative paths are relative to its folder, those of overrides to the working directory.
 
     Raises one ConfigError that lists every mistake.
     """
@@ -355,18 +355,18 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
 
 
 def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
-    """Raise ConfigError for a file that the spec in `folder` may not name; those of overrides may lie anywhere."""
+    """Raise ConfigError for a file that the spec in `folder` may not name; files of overrides may be anywhere."""
     files = {f"{section}.{role}": file for role, file in data.files().items()}
     check_allowed_files(files, Settings.from_env(), [folder, ASSETS], _typed(files, overrides))
 
 
 def check_backbones(named: Mapping[str, str], folder: Path, overrides: Iterable[str] = ()) -> None:
-    """Raise ConfigError for a backbone's directory that the spec in `folder` may not name, but by an override."""
+    """Raise ConfigError for a backbone's directory that the spec in `folder` may not name, except by an override."""
     check_allowed_backbones(named, Settings.from_env(), [folder, ASSETS], _typed(named, overrides))
 
 
 def _typed(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
-    """Those of the fields that an override gives, alone, with others or in part."""
+    """Those of the fields that overrides set, completely or in part."""
     keys = {override.partition("=")[0] for override in overrides}
     return {
         field
@@ -379,7 +379,7 @@ def _located(base: Path, file: str) -> str:
     if file.startswith(PACKAGED):
         path = (ASSETS / file.removeprefix(PACKAGED)).resolve()
         if not path.is_relative_to(ASSETS.resolve()):
-            raise ConfigError(f"data: {file!r} leaves the data that the package carries", param="data")
+            raise ConfigError(f"data: {file!r} is outside the packaged data", param="data")
         return str(path)
     return file if "://" in file or FILE_ID.fullmatch(file) else str(base / Path(file).expanduser())
 

@@ -1,6 +1,6 @@
-"""Puts files where every host of a job finds them: the platform's storage, a folder or an fsspec URL.
+"""Stores files for all hosts of a job: the platform's storage is a folder or an fsspec URL.
 
-Data sets are named by their content, so the same file is stored once and a running job never sees it change.
+Data sets are named by their content, so the same file is stored once and never changes during a job.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ RENEW_S = 1800.0
 
 
 def put_dataset(file: str, storage: str) -> str:
-    """Store a local data file under `datasets/<sha256>` and its ending; where it is then. URLs stay as they are.
+    """Store a local data file under `datasets/<sha256>` with its extension; returns its location. URLs are unchanged.
 
-    One that is there counts as new again, so that it is not taken for one that nobody needs.
+    An existing one gets a new modification time, so that `pedro gc` does not consider it unused.
 
     Raises DataError if it cannot be read, UnavailableError if it cannot be stored.
     """
@@ -43,9 +43,9 @@ def put_dataset(file: str, storage: str) -> str:
 
 
 def put_uploaded(source: str, digest: str, suffix: str, storage: str) -> str:
-    """Have a copy of an uploaded file among the data sets, where it outlives the file; where it is then.
+    """Copy an uploaded file to the data sets, where it outlives the file; returns its location.
 
-    `source` lies in the storage, and its content has this digest. Raises UnavailableError if it cannot be stored.
+    `source` is in the storage, and its content has this digest. Raises UnavailableError if it cannot be stored.
     """
     target = join(storage, "datasets", f"{digest.removeprefix('sha256:')}{suffix or '.jsonl'}")
     if not _renewed(target):
@@ -54,13 +54,12 @@ def put_uploaded(source: str, digest: str, suffix: str, storage: str) -> str:
 
 
 def fetch(location: str, cache: Path) -> Path:
-    """A local path of a stored file: itself, or this host's copy of what a URL names now.
+    """A local path of a stored file: itself, or this host's copy of a URL's current content.
 
-    Kept by the address and by what the storage says of the content (size, time or checksum): one that was changed
-    there is fetched again.
+    Cached by URL and by the storage's metadata (size, time or checksum), so that a changed file is fetched again.
     """
     if "://" not in location:
-        if DATASET.search(location):  # a file of somebody's own keeps its time
+        if DATASET.search(location):  # users' files keep their times
             touch(location)
         return Path(location)
     key = f"{location}\n{_content_key(location)}"
@@ -72,18 +71,18 @@ def fetch(location: str, cache: Path) -> Path:
 
 
 def _content_key(location: str) -> str:
-    """What tells one content of a URL from another. A data set is named by its content; it is never another one."""
+    """A key of a URL's current content. Data sets are named by their content and never change."""
     if DATASET.search(location):
         return ""
     system, path = _filesystem(location)
     try:
         return str(system.ukey(path))
-    except Exception:  # noqa: BLE001 - fsspec's systems raise any type; fetching it says what is wrong
+    except Exception:  # noqa: BLE001 - fsspec raises any type; fetching reports the error
         return ""
 
 
 def _renewed(target: str) -> bool:
-    """Whether a data set is there and young; one behind a URL that is older than a day is stored again."""
+    """Whether a data set exists and is recent; one behind a URL that is older than a day is stored again."""
     if "://" not in target:
         there = Path(target).is_file()
         touch(target)
@@ -92,12 +91,12 @@ def _renewed(target: str) -> bool:
     with _answering(target):
         try:
             return bool(system.exists(path) and time.time() - system.modified(path).timestamp() < RENEW_S)
-        except NotImplementedError:  # it does not tell times
+        except NotImplementedError:  # it does not report times
             return bool(system.exists(path))
 
 
 def write_text(location: str, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".tmp") as scratch:
         scratch.write(text)
         scratch.flush()
@@ -105,18 +104,18 @@ def write_text(location: str, text: str) -> None:
 
 
 def put_file(source: str, target: str) -> None:
-    """Store a local file whole or not at all."""
+    """Store a local file atomically."""
     _copy(source, target)
 
 
 def read_text(location: str) -> str | None:
-    """What `write_text` wrote last; None if there is no such file. Raises UnavailableError for a URL that fails."""
+    """What `write_text` last wrote; None if there is no such file. Raises UnavailableError if a URL fails."""
     found = read_bytes(location)
     return None if found is None else found.decode()
 
 
 def read_bytes(location: str) -> bytes | None:
-    """A stored file; None if there is no such file. Raises UnavailableError for a URL that fails."""
+    """A stored file; None if there is no such file. Raises UnavailableError if a URL fails."""
     try:
         if "://" not in location:
             return Path(location).read_bytes()
@@ -129,8 +128,8 @@ def read_bytes(location: str) -> bytes | None:
 
 
 def folders(location: str) -> list[str]:
-    """Names of the folders inside a stored folder, in order; none if it is not there. Raises UnavailableError for a URL
-    that fails."""
+    """Names of the folders inside a stored folder, sorted; empty if it does not exist. Raises UnavailableError if a URL
+    fails."""
     try:
         if "://" not in location:
             return sorted(path.name for path in Path(location).iterdir() if path.is_dir())
@@ -143,8 +142,8 @@ def folders(location: str) -> list[str]:
 
 
 def put_folder(source: Path, target: str) -> None:
-    """Store a local folder; one in a folder appears whole, by a rename, and takes the place of what was there. What is
-    half written lies beside it, and goes with the folder around both.
+    """Store a local folder; in a local storage it appears at once, by a rename, and replaces an existing one. Until
+    then it is written beside it, so that a partial copy is deleted with the parent folder.
 
     Raises UnavailableError if it cannot be stored."""
     if "://" in target:
@@ -164,13 +163,13 @@ def put_folder(source: Path, target: str) -> None:
 
 
 def fetch_folder(location: str, target: Path | str) -> None:
-    """Copy a stored folder to a local one, or into one that is there. Raises UnavailableError for a URL that fails."""
+    """Copy a stored folder to a new or existing local one. Raises UnavailableError if a URL fails."""
     if "://" not in location:
         shutil.copytree(location, target, dirs_exist_ok=True)
         return
     system, path = _filesystem(location)
     with _answering(location):
-        system.get(path.rstrip("/") + "/", f"{target}/", recursive=True)  # with the slashes: what is in it
+        system.get(path.rstrip("/") + "/", f"{target}/", recursive=True)  # trailing slashes: its contents
 
 
 def join(storage: str, *parts: str) -> str:
@@ -179,7 +178,7 @@ def join(storage: str, *parts: str) -> str:
 
 
 def _copy(source: str, target: str) -> None:
-    """Copy a file between places; a local target appears complete, by a rename, or not at all."""
+    """Copy a file; a local target appears atomically, by a rename."""
     try:
         if "://" in target:
             system, path = _filesystem(target)
@@ -208,7 +207,7 @@ def _copy(source: str, target: str) -> None:
         field = "data" if "://" in source else "PEDRO_STORAGE"
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
         raise UnavailableError(
-            f"{field}: {source} could not be copied to {target} ({reason}); check the place, its rights and keys, and "
+            f"{field}: {source} could not be copied to {target} ({reason}); check the location, permissions, keys and "
             "its free space",
             param=field,
         ) from error
@@ -216,15 +215,15 @@ def _copy(source: str, target: str) -> None:
 
 @contextmanager
 def _answering(location: str) -> Iterator[None]:
-    """Whatever a storage behind a URL raises, but for what is not there or not known, is an UnavailableError."""
+    """Turns any error of a storage behind a URL, except missing files and unknown schemes, into UnavailableError."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, NotImplementedError):
         raise
-    except Exception as error:  # fsspec's systems raise any type: no credentials are no OSError
+    except Exception as error:  # fsspec raises any type: missing credentials are not an OSError
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:300] or type(error).__name__
         raise UnavailableError(
-            f"PEDRO_STORAGE: {location} could not be read ({reason}); check the place, its rights and keys",
+            f"PEDRO_STORAGE: {location} could not be read ({reason}); check the location, its permissions and keys",
             param="PEDRO_STORAGE",
         ) from error
 

@@ -1,7 +1,7 @@
-"""Queues jobs, follows one to its end, and requests that one stop: what `pedro submit` and `pedro jobs` call.
+"""Queues jobs, follows them to their end, and stops them, for `pedro submit` and `pedro jobs`.
 
-What a job needs lies in the storage before it is queued; its row and its kept log say how it goes. No cluster is asked
-here: that is the controller's part.
+Everything that a job needs is in the storage before it is queued; its row and its stored log show its progress. Only
+the controller contacts the cluster.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ STOP_WITHIN_S = 60.0
 def submit(spec: FineTuneSpec, settings: Settings, store: Store, *, priority: int = 0) -> str:
     """Queue a job and return its id, once a controller has it.
 
-    Its data, its resolved spec and a kept backbone are in the storage by then. Raises DataError for unreadable data,
-    NotFoundError and ConfigError for a parent that it cannot go on from,
-    UnavailableError if the storage cannot be reached; then there is no job.
+    Its data, its resolved spec and a kept backbone are then in the storage. Raises DataError for unreadable data,
+    NotFoundError or ConfigError for an unusable parent, UnavailableError if the storage is unavailable; then no job is
+    queued.
     """
     return submit_all([spec], settings, store, priority=priority)[0]
 
 
 def submit_all(specs: Sequence[FineTuneSpec], settings: Settings, store: Store, *, priority: int = 0) -> list[str]:
-    """`submit` jobs at one moment, so that those which share a worker find one another; none if one is wrong."""
+    """`submit` several jobs at once, so that those that share a worker form a group; none is queued if one is
+    invalid."""
     ready = [(new_job_id(), pin_parent(spec, store)) for spec in specs]
     for job_id, spec in ready:
         offer_backbone(settings, spec.backbone)
@@ -74,7 +75,7 @@ def until_end(
 ) -> JobRecord:
     """Follow a job or a sweep until it has succeeded, and `log` its lines without Ray's prefixes.
 
-    Raises TrainingError with the job's own error line if it failed, was stopped or paused.
+    Raises TrainingError with the job's error line if it failed, was stopped or paused.
     """
     for line in follow(job_id, settings, store):
         if not line.startswith(('{"', "error: ")):
@@ -83,20 +84,20 @@ def until_end(
     if job.status == JobStatus.SUCCEEDED:
         return job
     if job.status == JobStatus.PAUSED:
-        raise TrainingError(f"job {job_id} was paused; `pedro jobs resume {job_id}` lets it go on")
+        raise TrainingError(f"job {job_id} was paused; `pedro jobs resume {job_id}` continues it")
     if job.status == JobStatus.CANCELLED:
         raise TrainingError(f"job {job_id} was stopped")
     raise TrainingError(job.message or f"job {job_id} failed; `pedro jobs logs {job_id} --raw` shows what it wrote")
 
 
 def follow(job_id: str, settings: Settings, store: Store) -> Iterator[str]:
-    """The lines of a job for people, as they come, until it ends or is paused: why it waits, then what it prints."""
+    """The user-facing lines of a job until it ends or is paused: why it waits, then its output."""
     seen, rest, waits = 0, "", ""
     while True:
         job = store.get_job(job_id)
         rests = _rests(job)
         if rests and "://" in settings.storage:
-            time.sleep(UPLOAD_S / 2)  # the end of its log is on its way
+            time.sleep(UPLOAD_S / 2)  # the end of its log is being uploaded
         if job.status == JobStatus.QUEUED and job.message and job.message != waits:
             waits = job.message
             yield waits
@@ -110,14 +111,14 @@ def follow(job_id: str, settings: Settings, store: Store) -> Iterator[str]:
 
 
 def stop(job_id: str, settings: Settings, store: Store, wanted: JobStatus = JobStatus.CANCELLED) -> JobRecord:
-    """End or pause a job, whose checkpoints stay, and return it as it is then.
+    """Stop or pause a job, keeping its checkpoints, and return its new state.
 
-    It is not always as `wanted`: it may succeed while it is being stopped. Raises NotFoundError, ConflictError for a
-    job that has ended, UnavailableError if nobody answers to end it.
+    This is not always `wanted`: it may succeed while being stopped. Raises NotFoundError, ConflictError for a job that
+    has ended, UnavailableError if it does not end in time.
     """
     if store.get_job(job_id).attempt == 0:
         raise ConflictError(
-            f"job {job_id} was started by an earlier release, without the queue; `pedro down` ends it", param="job"
+            f"job {job_id} was started by an earlier release without the queue; `pedro down` ends it", param="job"
         )
     job = store.ask_of_job(job_id, wanted)
     if _rests(job):
@@ -132,7 +133,7 @@ def stop(job_id: str, settings: Settings, store: Store, wanted: JobStatus = JobS
 
 
 def resume(job_id: str, settings: Settings, store: Store, *, after_failure: bool = False) -> JobRecord:
-    """Let a paused job resume from its last checkpoint, or (`after_failure`) one that failed or was stopped."""
+    """Resume a paused job from its last checkpoint, or (`after_failure`) one that failed or was stopped."""
     sources = [JobStatus.FAILED, JobStatus.CANCELLED] if after_failure else [JobStatus.PAUSED]
     job = store.let_job_continue(job_id, sources)
     hand_over(job_id, settings, store)

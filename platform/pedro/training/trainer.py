@@ -1,8 +1,8 @@
 """Runs a job's workers on Ray Train (V2): starts them, keeps checkpoints, replaces lost ones, returns the result.
 
-Workers are handed no credential of the platform: what they need of it they ask the driver for (`errands.py`).
-A worker that dies is replaced, and its group resumes from the last checkpoint. A PedroError (a loss that is NaN,
-a full disk) would only come again: workers return it as their result instead of raising it, so that it is not retried.
+Workers get no credentials of the platform; they request data from the driver (`errands.py`). If a worker dies, it is
+replaced, and its group resumes from the last checkpoint. A PedroError (a NaN loss, a full disk) would only recur:
+workers return it as their result instead of raising it, so that it is not retried.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 STATE, ANSWER = "state", "answer.json"
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report waits for it; Ray's default is 2 s
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a lost node is noticed anyway; it costs a process of its own
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a job waits its turn for as long as a day
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports wait for it; Ray's default is 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would print every line twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # lost nodes are noticed anyway; it needs an extra process
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a job may wait for resources for a day
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
@@ -59,18 +59,18 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Champion:
-    """The champion's score on this job's rows, or why there is none."""
+    """The champion's score on this job's rows, or why it has none."""
 
     version: int
     metrics: dict[str, float] | None
     problem: str = ""
     paired: dict[str, Any] | None = None
-    """The new version against it, row by row (`PairedTest`); trials of earlier releases have none."""
+    """The comparison of the new version with it, row by row (`PairedTest`); missing in trials of earlier releases."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the workers hand to the driver; `directory` is the adapter, on the driver's host."""
+    """The workers' result for the driver; `directory` is the adapter, on the driver's host."""
 
     digest: str
     metrics: dict[str, Any]
@@ -78,11 +78,11 @@ class Result:
     champion: Champion | None
     directory: Path
     unservable: str = ""
-    """Why the engine would not serve the adapter; empty if it would."""
+    """Why the engine cannot serve the adapter; empty if it can."""
 
 
 class WorkersLost(TrainingError):
-    """Workers died too often; the same job may well succeed another time."""
+    """Workers died too often; the same job may succeed later."""
 
 
 def fit(
@@ -98,10 +98,10 @@ def fit(
 ) -> Result:
     """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
 
-    A run of the same `job_id` that was interrupted resumes from its last checkpoint. `extra` goes into the adapter's
-    manifest; `callbacks` are Ray Train's, and see the report of every checkpoint: step, steps, and dev_loss if known.
-    With `checkpoint_models`, validated checkpoints are versions while it trains.
-    Raises the PedroError of the workers, or WorkersLost if they were lost more often than `max_failures`.
+    An interrupted run of the same `job_id` resumes from its last checkpoint. `extra` is added to the adapter's
+    manifest; `callbacks` are Ray Train's, and receive the report of every checkpoint: step, steps, and dev_loss if
+    known. With `checkpoint_models`, validated checkpoints become versions during training. Raises the PedroError of the
+    workers, or WorkersLost if they were lost more often than `max_failures`.
     """
     update_environment(ENVIRONMENT)
     import ray.train
@@ -115,7 +115,7 @@ def fit(
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
-    run_config: Any = ray.train.RunConfig  # V2's fields and return values are not those that V1's types tell
+    run_config: Any = ray.train.RunConfig  # the types describe V1; V2's fields and return values differ
     loop: Any = work
     for_workers = settings.env_of_workers()
     trainer = LeanTorchTrainer(
@@ -161,14 +161,14 @@ def fit(
 
 
 def read_result(folder: Path, adapter: Path) -> Result:
-    """What `write_result` wrote; the adapter is in a directory of its own by now."""
+    """What `write_result` wrote; the adapter is then in a separate directory."""
     answer = json.loads((folder / ANSWER).read_text())
     champion = answer.pop("champion")
     return Result(**answer, champion=Champion(**champion) if champion else None, directory=adapter)
 
 
 def work(config: dict[Any, Any]) -> PedroError | None:
-    """One Ray Train worker. What it made is in the last checkpoint; what stopped it is its return value."""
+    """One Ray Train worker. Its result is in the last checkpoint; its return value is the error that stopped it."""
     quiet_worker()
     try:
         _work(config)
@@ -184,7 +184,7 @@ def _work(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     group = WorkerGroup(context.get_world_rank(), context.get_world_size())
-    if all(group.gather(_finished(ray.train.get_checkpoint()))):  # one that cannot read it now is not left alone
+    if all(group.gather(_finished(ray.train.get_checkpoint()))):  # all must agree, in case one cannot read it now
         return
     spec = FineTuneSpec.model_validate(config["spec"])
     settings = Settings.from_env(config["settings"])
@@ -236,8 +236,8 @@ def write_result(
     handed: HandedAdapter | None,
     reporter: Reporter,
 ) -> None:
-    """The first worker's last words: the result beside the adapter in `folder`, with the champion's score beside its
-    own. The trained adapter may be spent afterwards."""
+    """The first worker writes the result beside the adapter in `folder`, with its score and the champion's. The trained
+    adapter may be unusable afterwards."""
     from pedro.training import worker
 
     finals = {f"final/{name}": value for name, value in trained.metrics.items() if isinstance(value, float)}
@@ -254,7 +254,7 @@ def write_result(
 
 
 def _report(metrics: dict[str, Any], checkpoint: Checkpoint | None, group: WorkerGroup) -> None:
-    """Hand a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
+    """Pass a checkpoint to Ray Train. With one worker, a full disk is an error that is not retried."""
     import ray.train
 
     from pedro.training.checkpoints import cannot_write
@@ -263,17 +263,17 @@ def _report(metrics: dict[str, Any], checkpoint: Checkpoint | None, group: Worke
         ray.train.report(metrics, checkpoint=checkpoint)
     except OSError as error:
         if group.world > 1:
-            raise  # the others wait in Ray's barrier: only a restart frees them
+            raise  # the others wait in Ray's barrier, which only a restart ends
         raise cannot_write("checkpoint", ray.train.get_context().get_storage().storage_fs_path, error) from error
 
 
 class RayReporter:
-    """Checkpoints through Ray Train, points to the outbox, lines to standard output, which the job's log collects."""
+    """Checkpoints go through Ray Train, points to the outbox, lines to standard output, which the job's log has."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self.models: CheckpointModels | None = None
-        """Where checkpoints are models."""
+        """Set if checkpoints are saved as models."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         from pedro.training.checkpoints import DamagedCheckpoint, read_checkpoint
@@ -313,8 +313,8 @@ class RayReporter:
 
 
 def _finished(checkpoint: Checkpoint | None) -> bool:
-    """Whether the last checkpoint is the run's result: its worker was lost after everything was done. One that is
-    damaged is none: the end is made again, from the checkpoint before it."""
+    """Whether the last checkpoint is the run's result, because its worker was lost after everything was done. If it is
+    damaged, the end is repeated from the checkpoint before it."""
     if checkpoint is None:
         return False
     with checkpoint.as_directory() as folder:
@@ -322,7 +322,7 @@ def _finished(checkpoint: Checkpoint | None) -> bool:
 
 
 def is_result(folder: Path) -> bool:
-    """Whether `write_result` and the adapter beside it are whole there."""
+    """Whether the files of `write_result` and the adapter beside them are complete."""
     from pedro.adapter_directory import verify_adapter
 
     try:
@@ -334,7 +334,7 @@ def is_result(folder: Path) -> bool:
 
 
 def _ask_for_champion(group: WorkerGroup) -> HandedAdapter | None:
-    """The first worker asks; the others wait with it, so that an error stops them all."""
+    """The first worker requests the champion; the others wait with it, so that an error stops them all."""
     if group.rank:
         return None
     handed: HandedAdapter | None = OUTBOX.ask(THE_CHAMPION)
@@ -344,7 +344,7 @@ def _ask_for_champion(group: WorkerGroup) -> HandedAdapter | None:
 def _score_champion(
     context: TrainingContext, adapted: Score, handed: HandedAdapter | None, reporter: Reporter
 ) -> dict[str, Any] | None:
-    """The champion's score on the rows of `adapted`, the new version's, and both compared row by row."""
+    """The champion's score on the rows of `adapted`, the new version's score, and their comparison row by row."""
     from pedro.training.paired_test import compare_rows
     from pedro.training.worker import compared, score_directory
 
@@ -363,7 +363,7 @@ def _score_champion(
 
 
 def unservable(directory: Path, backbone: Backbone) -> str:
-    """Why the engine would not serve the adapter; empty if it would."""
+    """Why the engine cannot serve the adapter; empty if it can."""
     from pedro.methods.servable import check_servable
 
     try:
@@ -374,12 +374,12 @@ def unservable(directory: Path, backbone: Backbone) -> str:
 
 
 def pack_settings(settings: Settings) -> dict[str, str]:
-    """Settings as plain values, for a process on another host. Ray's pages show them, so they hold no password."""
+    """Settings as plain values, for a process on another host, without passwords, since Ray's pages show them."""
     return settings.env()
 
 
 def unpack_settings(plain: Mapping[str, str]) -> Settings:
-    """What `pack_settings` packed; a password comes from its file, or from this host's own environment."""
+    """The inverse of `pack_settings`; passwords are read from their files or this host's environment."""
     return Settings.from_env({**os.environ, **plain})
 
 
@@ -388,7 +388,7 @@ def _first_failure(error: BaseException) -> BaseException:
 
 
 def quiet_worker() -> None:
-    """Only the progress lines are for people."""
+    """Silence warnings: only progress lines are for users."""
     import logging
     import warnings
 

@@ -1,7 +1,7 @@
-"""Takes the files that a spec names by their ids: `file-…`, of the spec's own tenant alone.
+"""Fetches files that a spec names by id: `file-…`, only of the spec's tenant.
 
-A job gets a copy by content among the data sets, so it runs on whatever becomes of the file. Deleting or expiry ends
-the file for new jobs.
+A job gets a copy among the data sets, named by content, so it does not depend on the file. Deleted or expired files are
+only unavailable to new jobs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 def with_uploaded_files(spec: FineTuneSpec, settings: Settings) -> FineTuneSpec:
-    """The spec with copies of such files in the place of their ids; without any it stays as it is.
+    """The spec with ids replaced by copies of the files; unchanged if it has none.
 
-    Raises NotFoundError, the same for an unknown file and for one of another tenant; ConfigError for one of another
-    purpose.
+    Raises NotFoundError, the same for an unknown file and another tenant's; ConfigError for one of another purpose.
     """
     named = {role: value for role, value in spec.data.files().items() if FILE_ID.fullmatch(value)}
     if not named:

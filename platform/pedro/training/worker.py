@@ -1,4 +1,4 @@
-"""What one worker does for a job: train, score, save the adapter. Imports no Ray; registries are handed in."""
+"""One worker's part of a job: train, score, save the adapter. Does not import Ray; registries are parameters."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TOLD = {"train/loss": "train_loss", "train/token_accuracy": "train_token_accuracy"}
-TOLD |= {"dev/token_accuracy": "validation_token_accuracy"}  # curves as of the best step: metrics of the adapter
+TOLD |= {"dev/token_accuracy": "validation_token_accuracy"}  # curves at the best step: metrics of the adapter
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: where it ended and how good the adapter is."""
+    """A finished training: its end and the adapter's scores."""
 
     outcome: TrainingOutcome
     metrics: dict[str, Any]
     score: Score = field(default_factory=Score)
-    """Of the adapter, row by row."""
+    """The adapter's scores, row by row."""
     bare: Score = field(default_factory=Score)
-    """Of the backbone alone."""
+    """The bare backbone's."""
     activation_inputs: dict[str, Any] = field(default_factory=dict)
-    """Of PEDRO, by layer: where the inputs of its activation lay for the rows that this worker scored."""
+    """For PEDRO, by layer: the distribution of its activation's inputs on the rows that this worker scored."""
 
 
 def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
-    """Train to the end and score the best adapter; every worker returns the same."""
+    """Train and score the best adapter; every worker returns the same."""
     group = WorkerGroup(context.engine.rank, context.engine.world)
     if group.rank == 0:
         for note in notes(context.prepared, context.spec.training, context.plan):
             reporter.line(note)
     bare = None
-    if trains_backbone(context.model) and not _sharded(context):  # now it still is what it was; later that takes a copy
+    if trains_backbone(context.model) and not _sharded(context):  # before it changes; later this needs a copy
         context.engine.mode(training=False)
         bare = _score_bare(context, group)
     outcome = train(context.engine, context.alternation, context.plan, context.data, reporter)
@@ -69,13 +69,13 @@ def train_and_score(context: TrainingContext, reporter: Reporter) -> Trained:
     if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss):
         counts["validation_loss"] = outcome.validation_loss
     counts |= {name: outcome.told[curve] for curve, name in TOLD.items() if curve in outcome.told}
-    with recorded(None if _sharded(context) else context.model) as seen:  # a shard of W_down gives no x
+    with recorded(None if _sharded(context) else context.model) as seen:  # with a sharded W_down x cannot be recorded
         metrics, adapted, bare = evaluate(context, group, bare)
     return Trained(outcome, {**metrics, **counts}, adapted, bare, summary(seen))
 
 
 def rows_behind(context: TrainingContext, trained: Trained) -> list[ScoredRow]:
-    """The rows that were scored, each with its answers."""
+    """The scored rows, each with its answers."""
     _, rows = context.scored_rows()
     if rows is None or not trained.score.answers:
         return []
@@ -88,10 +88,10 @@ def rows_behind(context: TrainingContext, trained: Trained) -> list[ScoredRow]:
 def evaluate(
     context: TrainingContext, group: WorkerGroup, bare: Score | None = None
 ) -> tuple[dict[str, Any], Score, Score]:
-    """As metrics accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and which split they are of;
-    of preferences the preference_accuracy in place of all accuracies. And the scores of adapter and backbone, by row.
+    """The metrics accuracy, backbone_accuracy, majority_accuracy, loss, backbone_loss, rows and their split; for
+    preferences preference_accuracy instead of all accuracies. Also the scores of adapter and backbone, by row.
 
-    `bare` is the backbone's score where it was taken before the training.
+    `bare` is the backbone's score if it was computed before training.
     """
     split, rows = context.scored_rows()
     metrics: dict[str, Any] = {"split": split, "rows": 0}
@@ -117,7 +117,7 @@ def evaluate(
 def _evaluate_pairs(
     context: TrainingContext, rows: Dataset, group: WorkerGroup, beta: float
 ) -> tuple[dict[str, float], Score]:
-    """Scores of pairs. The backbone's are what any model has that is its own reference: 0.5 and log 2."""
+    """Scores of pairs. The backbone's are those of any model compared with itself: 0.5 and log 2."""
     part = _share(context, rows, group)
     model: Any = context.model
     policy = pair_likelihoods(model, context.tokenizer, part)
@@ -130,15 +130,15 @@ def _evaluate_pairs(
 
 
 def compared(context: TrainingContext, score: Score) -> dict[str, float]:
-    """A score under the names by which the gate compares."""
+    """A score under the metric names of the gate."""
     name = "accuracy" if context.spec.beta is None else "preference_accuracy"
     return {name: score.accuracy, "loss": score.loss}
 
 
 def _score_bare(context: TrainingContext, group: WorkerGroup) -> Score:
-    """The score of the backbone alone: with the adapter off, or before anything was trained.
+    """The score of the bare backbone: with the adapter disabled, or before training.
 
-    Where ZeRO-3 shards a backbone that is trained itself, a fresh copy is scored.
+    If ZeRO-3 shards a backbone that is itself trained, a fresh copy is scored.
     """
     _, rows = context.scored_rows()
     if rows is None:
@@ -155,7 +155,7 @@ def _sharded(context: TrainingContext) -> bool:
 
 
 def _score(context: TrainingContext, model: nn.Module, rows: Any, group: WorkerGroup) -> Score:
-    """Every worker scores a share; under ZeRO-3, whose workers must step together, each scores all the rows."""
+    """Every worker scores a share; with ZeRO-3, whose workers must run in lockstep, each scores all rows."""
     return _joined(context, score(model, context.tokenizer, _share(context, rows, group)), group)
 
 
@@ -176,14 +176,14 @@ def _joined(context: TrainingContext, mine: Score, group: WorkerGroup) -> Score:
 
 
 def _in_turn(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
-    """What workers have of rows that were dealt to them, in the order of the rows."""
+    """Merges the workers' results for rows distributed round-robin, in the order of the rows."""
     return tuple(row for turn in zip_longest(*parts) for row in turn if row is not None)
 
 
 def save(
     context: TrainingContext, trained: Trained, directory: Path, extra: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Write the adapter directory from rank 0 and return its digest there; `extra` goes into its manifest as well.
+    """Write the adapter directory on rank 0 and return its digest there; `extra` is added to its manifest.
 
     Raises UnavailableError on every worker if it cannot be written.
     """
@@ -194,7 +194,7 @@ def save(
 def save_model(
     context: TrainingContext, metrics: Mapping[str, Any], directory: Path, extra: Mapping[str, Any] | None = None
 ) -> str | None:
-    """`save` of the parameters as they are now, with these metrics in the manifest."""
+    """`save` the current parameters, with these metrics in the manifest."""
     from pedro.methods.adapter_files import save_adapter
 
     group = WorkerGroup(context.engine.rank, context.engine.world)
@@ -208,10 +208,10 @@ def save_model(
 
 
 def score_directory(context: TrainingContext, directory: Path) -> Score:
-    """The score of another adapter (the champion) on the same rows, on the context's own backbone.
+    """The score of another adapter (the champion) on the same rows, on the context's backbone.
 
-    So that there is never a second backbone in memory the trained adapter, which must be saved by now, is taken off;
-    where that cannot be, the trained model is given up before another one is loaded.
+    To avoid a second backbone in memory, the trained adapter, which must be saved already, is removed; if that is
+    impossible, the trained model is freed before another one is loaded.
     """
     from pedro.adapter_directory import CONFIG, verify_adapter
 

@@ -1,4 +1,4 @@
-"""What workers exchange: sums, rank 0's tensors for all, and whether any of them failed. torch only."""
+"""Communication between workers: sums, broadcasts from rank 0, and whether any failed. torch only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """All workers of a run; alone, every method is a no-op."""
+    """All workers of a run; with a single worker, every method is a no-op."""
 
     rank: int = 0
     world: int = 1
@@ -29,12 +29,12 @@ class WorkerGroup:
         return total.tolist()
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Overwrite `tensor` with rank 0's."""
+        """Broadcast rank 0's `tensor` into this one."""
         if self.world > 1:
             torch.distributed.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every worker's `value`, in the order of ranks."""
+        """Every worker's `value`, in rank order."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -44,7 +44,7 @@ class WorkerGroup:
     def together(self, act: Callable[[], Made]) -> Made:
         """This worker's `act()`; a PedroError on any worker is raised on all of them, so that none waits forever.
 
-        `act` must not itself talk to other workers.
+        `act` must not communicate with other workers.
         """
         failure: PedroError | None = None
         try:

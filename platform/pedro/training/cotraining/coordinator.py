@@ -1,8 +1,9 @@
-"""Jobs that wait for one another where the backbone is read, so that one pass serves all of them. torch only.
+"""Synchronises jobs before each pass over the backbone, so that one pass serves all of them. torch only.
 
-Every job is a loop on a thread of its own, but only one runs at a time: the coordinator lets each continue until it
-asks for something (logits, gradients), and once all of them have asked it answers all at once. So a job need not know
-that it is not alone, and what threads do is as ordered as if there were one. Of jobs it sees only what they ask for.
+Every job is a loop on its own thread, but only one thread runs at a time: the coordinator lets each continue until it
+requests something (logits, gradients), and answers all requests together once all jobs have made one. So a job's code
+does not depend on the others, and execution is as deterministic as on a single thread. The coordinator only sees the
+jobs' requests.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pedro.errors import TrainingError
 
 @dataclass(frozen=True)
 class Reading:
-    """A forward pass: a slice of a batch, and the positions [B, T] whose logits are wanted."""
+    """A forward pass: a slice of a batch, and the positions [B, T] whose logits are needed."""
 
     positions: torch.Tensor
     batch: Mapping[str, torch.Tensor]
     learning: bool
-    """Whether gradients are to flow back."""
+    """Whether gradients are needed."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,18 @@ class Learning:
 
 
 AWAY = object()
-"""Asked by who waits for something else than a pass."""
+"""The request of a job that waits for something other than a pass."""
 
 
 class Passes(Protocol):
-    """What the coordinator needs of the stacked model."""
+    """The coordinator's interface to the stacked model."""
 
     def read(self, parts: Sequence[tuple[int, Reading]]) -> list[torch.Tensor]:
-        """The logits of each part, a participant's number and what it reads, in one pass."""
+        """The logits of each part (a participant's number and its request), in one pass."""
 
 
 class Stopped(TrainingError):
-    """The job was asked to end; the others go on."""
+    """The job was asked to stop; the others continue."""
 
 
 class Participant:
@@ -58,11 +59,11 @@ class Participant:
     def __init__(self, number: int, work: Callable[[Participant], None], back: queue.SimpleQueue[Participant]) -> None:
         self.number = number
         self.seconds = 0.0
-        """Of the worker that this job has had: its own work, and its rows' share of common passes."""
+        """Worker time used by this job: its own work, and its rows' share of common passes."""
         self.asked: Any = None
         self.ended = False
         self.error: BaseException | None = None
-        """What its work raised."""
+        """The error that its work raised."""
         self._work, self._back = work, back
         self._answer: Any = None
         self._stop = False
@@ -71,7 +72,7 @@ class Participant:
         self._thread.start()
 
     def ask(self, what: Reading | Learning) -> Any:
-        """Wait for the coordinator's answer. Raises what went wrong with it, and Stopped."""
+        """Wait for the coordinator's answer. Raises its error, or Stopped."""
         self.heed()
         self.asked = what
         self._parked.release()
@@ -84,8 +85,8 @@ class Participant:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Within it the others do not wait for this job, which must not touch what they share. Raises Stopped at its
-        end."""
+        """Within this context the others do not wait for this job, which must not touch shared state. Raises Stopped at
+        the end."""
         self.asked = AWAY
         self._parked.release()
         try:
@@ -97,11 +98,11 @@ class Participant:
         self.heed()
 
     def stop(self) -> None:
-        """Have the job end where it next asks for something."""
+        """Stop the job at its next request."""
         self._stop = True
 
     def go_on(self, answer: Any) -> None:
-        """For the coordinator: let the job run until it asks for something, or has ended."""
+        """For the coordinator: let the job run until its next request or its end."""
         started = time.monotonic()
         self._answer = answer
         self._turn.release()
@@ -109,7 +110,7 @@ class Participant:
         self.seconds += time.monotonic() - started
 
     def heed(self) -> None:
-        """Raise Stopped if the job was asked to end."""
+        """Raise Stopped if the job was asked to stop."""
         if self._stop:
             raise Stopped("the job was stopped")
 
@@ -117,7 +118,7 @@ class Participant:
         self._turn.acquire()
         try:
             self._work(self)
-        except BaseException as error:  # noqa: BLE001 - it ends this job, and no other
+        except BaseException as error:  # noqa: BLE001 - ends this job only
             self.error = error
         finally:
             self.asked, self.ended = None, True
@@ -125,7 +126,7 @@ class Participant:
 
 
 class PassCoordinator:
-    """Starts jobs, and answers what they ask."""
+    """Starts jobs and answers their requests."""
 
     def __init__(self, passes: Passes, works: Sequence[Callable[[Participant], None]]) -> None:
         self._passes = passes
@@ -133,7 +134,7 @@ class PassCoordinator:
         self.participants = [Participant(number, work, self._back) for number, work in enumerate(works)]
 
     def run(self) -> None:
-        """Return when every job has ended; what one raised is its participant's `error`."""
+        """Return when every job has ended; errors are in their participants' `error`."""
         for participant in self.participants:
             participant.go_on(None)
         while left := [participant for participant in self.participants if not participant.ended]:
@@ -144,7 +145,7 @@ class PassCoordinator:
                 self._back.get().go_on(None)
 
     def _serve(self, waiting: Sequence[Participant]) -> None:
-        """Answer all that wait. Gradients first: then nobody asks for any but of the last pass."""
+        """Answer all waiting jobs. Gradients first, so that they always belong to the last pass."""
         if losses := [participant for participant in waiting if isinstance(participant.asked, Learning)]:
             answers = self._learn(losses)
         else:
@@ -165,10 +166,10 @@ class PassCoordinator:
                     [(participant.number, participant.asked) for participant in participants]
                 )
                 return list(zip(participants, logits, strict=True))
-            except Exception as error:  # noqa: BLE001 - whatever one job's rows do to the pass
+            except Exception as error:  # noqa: BLE001 - any error that one job's rows cause
                 if len(participants) == 1:
                     return [(participants[0], error)]
-        # here, where the error's traceback holds none of the pass's memory any more
+        # here, where the error's traceback no longer references the pass's memory
         return [answer for participant in participants for answer in self._read([participant], learning)]
 
     def _learn(self, participants: Sequence[Participant]) -> list[tuple[Participant, Any]]:
@@ -176,7 +177,7 @@ class PassCoordinator:
         with _shared_time(participants):
             try:
                 torch.autograd.backward([participant.asked.loss for participant in participants])
-            except Exception as error:  # noqa: BLE001 - told to each: a graph is walked only once
+            except Exception as error:  # noqa: BLE001 - fails each: a graph can be used only once
                 answer = error
         return [(participant, answer) for participant in participants]
 

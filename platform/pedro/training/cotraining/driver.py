@@ -1,8 +1,8 @@
 """The driver of a group of jobs: `python -m pedro.training.cotraining.driver --job ID:ATTEMPT --job …`.
 
-Each job has a thread, which does what a lone job's driver does and prints into that job's log alone; the main thread
-looks after the worker that they share. How a job ends is entered in its own record; one that did not come to rest is
-handed back to the queue, though the driver lives on for others. The exit code is of the group.
+Each job has a thread, which does the work of a single job's driver and prints only to that job's log; the main thread
+manages the shared worker. Each job's end is written to its own record; a job that could not be ended is returned to the
+queue, while the driver continues for the others. The exit code is the group's.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from pedro.training.cotraining.job_group import JobGroup
 
 AGAIN_S = 15.0
-"""How long a database that does not answer is left alone."""
+"""Delay before an unresponsive database is queried again."""
 LEFT = "-left"
-"""Behind the submission id of a driver that works on the job no more."""
+"""Suffix of the submission id of a driver that no longer works on the job."""
 END_S = 20.0
-"""How long the jobs' threads may take to enter their ends when the driver is asked to end."""
+"""How long the jobs' threads may take to record their ends when the driver is asked to stop."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pedro.training.cotraining.driver", description="Run jobs that share a worker."
     )
-    parser.add_argument("--job", action="append", required=True, metavar="ID:ATTEMPT", help="a job, and which start")
+    parser.add_argument("--job", action="append", required=True, metavar="ID:ATTEMPT", help="a job and its attempt")
     options = parser.parse_args(arguments)
     update_environment(ENVIRONMENT)
     try:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             group.run()
             patience = None
-        finally:  # also when this process is asked to end: then each job is told
+        finally:  # also when this process is stopped: each job is notified
             for thread in threads:
                 thread.join(patience)
     return max(codes.get(job_id, 1) for job_id, _ in jobs)
@@ -84,20 +84,20 @@ def _drive(settings: Settings, group: JobGroup, job_id: str, attempt: int, codes
 
 
 def _handed_back(settings: Settings, job_id: str, attempt: int) -> bool:
-    """Leave a job that did not come to rest to its controller: its row then names a driver that there is not, as if it
+    """Return a job that could not be ended to its controller: its row then names a driver that does not exist, as if it
     had been lost. False if the database does not answer."""
     try:
         store = Store(settings.database_url)
         try:
             job = store.get_job(job_id)
             if job.status in (JobStatus.QUEUED, JobStatus.RUNNING) and job.attempt == attempt and job.submission_id:
-                why = job.message or "its driver had to leave it"
+                why = job.message or "its driver could not finish it"
                 store.update_job(job_id, submission_id=job.submission_id + LEFT, message=why, attempt=attempt)
         finally:
             store.close()
     except UnavailableError:
         return False
-    except PedroError:  # it is erased, or was started again
+    except PedroError:  # it was erased, or restarted
         return True
     return True
 

@@ -1,7 +1,6 @@
-"""What one job of a group trains with: an engine whose passes the coordinator makes, and a context over the shared
-backbone.
+"""One job's engine in a group, whose passes the coordinator runs, and its context over the shared backbone.
 
-torch only, but for what builds a context. The steps are `TorchEngine`'s.
+torch only, except for building a context. The steps are `TorchEngine`'s.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CotrainingEngine(TorchEngine):
-    """One job's engine; `participant` is where it waits for the others."""
+    """One job's engine; it waits for the others in `participant`."""
 
     def __init__(self, *arguments: Any, participant: Participant, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -45,10 +44,10 @@ class CotrainingEngine(TorchEngine):
 
 
 class SharedBackbone:
-    """A backbone that is loaded once, and the passes over it; every job of the group has adapter modules of its own."""
+    """A backbone that is loaded once, and the passes over it; every job of the group has its own adapter modules."""
 
     def __init__(self, spec: FineTuneSpec) -> None:
-        """`spec` is of any job of the group. Raises ConfigError where its backbone or method cannot be shared."""
+        """`spec` is any job's of the group. Raises ConfigError if its backbone or method cannot be shared."""
         from pedro.backbone import load_model, load_tokenizer, resolve_backbone
 
         if why := why_alone(spec):

@@ -1,8 +1,8 @@
-"""The driver's part of a group: one worker for all its jobs, looked after until each job has ended.
+"""The driver's part of a group: manages one worker for all its jobs until each has ended.
 
-Every job is driven by a thread of its own (`driver.py`), for which `fit` stands in for `trainer.fit`. A worker of one
-job that dies is replaced. Of several, any may be the cause: each that had not ended goes back to the queue, and resumes
-from its own last checkpoint, alone.
+Every job has its own driver thread (`driver.py`), which calls `fit` instead of `trainer.fit`. If the worker of a single
+job dies, it is replaced. With several jobs, any may be the cause: all unfinished ones return to the queue, and each
+resumes alone from its own last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
 
 LOOK_S, WISHES_S, LEAVES_S = 0.5, 1.0, 60.0
 Message = tuple[Any, Callable[[int, Any], object]]
-"""What a job's worker said, and how to answer it."""
+"""A message of a job's worker, and how to answer it."""
 
 
 @dataclass
 class JobOfGroup:
-    """One that has come as far as its training."""
+    """A job that is ready for training."""
 
     member: Member
     spec: FineTuneSpec
     inbox: queue.SimpleQueue[Message] = field(default_factory=queue.SimpleQueue)
     ended: bool = False
     left: bool = False
-    """Whether its thread hears no more: what still trains is to end."""
+    """Whether its thread is gone, so that its training must stop."""
 
     def say(self, item: Any) -> None:
-        """Tell its thread something that is no question."""
+        """Send its thread a message that needs no answer."""
         self.inbox.put((item, lambda _number, _answer: None))
 
 
@@ -73,9 +73,9 @@ class JobGroup:
         *,
         checkpoint_models: bool = False,
     ) -> Result:
-        """As `trainer.fit`, beside the others. SystemExit stands for a job that was asked to end."""
+        """As `trainer.fit`, beside the others. Raises SystemExit for a job that was asked to stop."""
         run = join(settings.storage, "runs", job_id)
-        if (result := _result(run, scratch)) is not None:  # a driver before this one was lost when all was done
+        if (result := _result(run, scratch)) is not None:  # an earlier driver was lost after everything was done
             self.leave(job_id)
             self._heed(job_id)
             with closing(Errands(settings, spec.ref, run_id, job_id)) as errands:
@@ -87,7 +87,7 @@ class JobGroup:
         errands.take_up()
         try:
             with self._change:
-                if self._over:  # the driver was asked to end meanwhile
+                if self._over:  # the driver was asked to stop meanwhile
                     raise SystemExit("stopped")
                 self._jobs[job_id] = job
             self.leave(job_id)
@@ -102,24 +102,24 @@ class JobGroup:
         return result
 
     def leave(self, job_id: str) -> None:
-        """The training need not wait for the job any more."""
+        """Stop waiting for the job."""
         with self._change:
             self._awaited.discard(job_id)
             self._change.notify_all()
 
     def is_over(self, within_s: float) -> bool:
-        """Whether every job has ended by then, or the driver was asked to end."""
+        """Whether every job has ended by then, or the driver was asked to stop."""
         with self._change:
             return self._change.wait_for(lambda: self._over, within_s)
 
     def _rid_of(self, job: JobOfGroup) -> None:
-        """Wait for a job's training to end, if its thread was ended by something else."""
+        """Wait for a job's training to end, if its thread ended for another reason."""
         with self._change:
             job.left = True
             self._change.wait_for(lambda: job.ended or self._over, LEAVES_S)
 
     def _heed(self, job_id: str) -> None:
-        """Raise SystemExit for a job that is not wanted any more: it makes no version."""
+        """Raise SystemExit for a job that was stopped: it must not create a version."""
         with suppress(PedroError):
             store = Store(self._settings.database_url)
             try:
@@ -139,7 +139,9 @@ class JobGroup:
                 lost = self._train(jobs)
                 if lost is None:
                     for job in jobs:
-                        self._hand(job, (Ended(TrainingError(f"{job.member.job_id}: its worker said no end")), _nobody))
+                        self._hand(
+                            job, (Ended(TrainingError(f"{job.member.job_id}: its worker reported no result")), _nobody)
+                        )
                     continue
                 losses += 1
                 most = jobs[0].spec.resources.max_failures
@@ -165,7 +167,7 @@ class JobGroup:
         self._hand(job, (Ended(WorkersLost(told)), _nobody))
 
     def _train(self, jobs: list[JobOfGroup]) -> Exception | None:
-        """Train with one worker until it has ended, or was lost: then why."""
+        """Train with one worker until it has ended; if it was lost, returns why."""
         import ray
         from ray.util.placement_group import placement_group, remove_placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -213,7 +215,7 @@ class JobGroup:
             self._hand(self._jobs[job_id], (item, partial(worker.answer.remote, job_id)))
 
     def _hand(self, job: JobOfGroup, message: Message) -> None:
-        """To the job's thread; behind its end comes nothing more."""
+        """Deliver to the job's thread; nothing follows its end."""
         if not job.ended:
             job.inbox.put(message)
             if isinstance(message[0], Ended):
@@ -222,7 +224,7 @@ class JobGroup:
                     self._change.notify_all()
 
     def _unwanted(self, jobs: list[JobOfGroup]) -> list[JobOfGroup]:
-        """Those that somebody asked to pause or to end, or erased, and those whose threads have ended."""
+        """Jobs that were paused, stopped or erased, and those whose threads have ended."""
         return [job for job in jobs if not job.ended and (job.left or self._is_unwanted(job.member.job_id))]
 
     def _is_unwanted(self, job_id: str) -> bool:
@@ -230,16 +232,16 @@ class JobGroup:
             return self._store.get_job(job_id).wanted is not None
         except NotFoundError:
             return True
-        except PedroError:  # the next look will tell
+        except PedroError:  # the next check will tell
             return False
 
 
 def _nobody(_number: int, _answer: Any) -> None:
-    """Who asked is gone."""
+    """Discard an answer: the worker that asked is gone."""
 
 
 def _follow(job: JobOfGroup, errands: Errands, run: str) -> None:
-    """Do what the job's worker asks for until the job has ended. Raises what ended it."""
+    """Serve the job's worker until the job has ended. Raises the error that ended it."""
     while True:
         item, reply = job.inbox.get()
         if isinstance(item, Line):
@@ -257,7 +259,7 @@ def _follow(job: JobOfGroup, errands: Errands, run: str) -> None:
 
 
 def _result(run: str, scratch: Path) -> Result | None:
-    """What the job's worker left at its end, fetched to `scratch`; None if it is not there, or not whole."""
+    """The result of the job's worker, fetched to `scratch`; None if it is missing or incomplete."""
     if RESULT not in folders(run):
         return None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""One model over the frozen backbone whose adapter is, row by row, that of the job whose row it is. torch only.
+"""One model over the frozen backbone that applies to each row the adapter of the row's job. torch only.
 
-Its tuner is the method's own, so that options act as they do alone; only where the tuner would take the one adapter's
-parameters it takes those of all jobs in the pass, stacked. Legend: S jobs in the pass, b rows of each, B all rows, T
+It uses the method's own tuner, so that options act as in a single job; but where the tuner would read one adapter's
+parameters, it gets those of all jobs in the pass, stacked. Legend: S jobs in the pass, b rows of each, B all rows, T
 tokens, D width of an input, W of an output, R bottleneck or rank.
 """
 
@@ -34,20 +34,20 @@ DROPOUTS = ("dropout", "pdrop", "layerdrop")
 
 
 def tied_copy(model: nn.Module) -> nn.Module:
-    """A second tree of modules over the same weights; what one tree's modules are given, the other's are not."""
+    """A second tree of modules over the same weights; adapters added to one tree do not affect the other."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
 def check_repeatable(model: nn.Module) -> None:
-    """Raise ConfigError for a backbone that drops units at random: others' rows would change what is drawn for one."""
+    """Raise ConfigError for a backbone with dropout: other jobs' rows would change a job's random numbers."""
     config: Any = model.config
     names = [name for name in config.to_dict() if any(part in name for part in DROPOUTS)]
     drops = [name for name in names if isinstance(value := getattr(config, name, 0), (int, float)) and value > 0]
     if drops:
         raise ConfigError(
-            f"resources.share: the backbone trains with {drops[0]}, and others' rows would change what is drawn; "
+            f"resources.share: the backbone trains with {drops[0]}, whose random numbers would depend on other jobs; "
             "leave it false",
             param="resources.share",
         )
@@ -55,10 +55,10 @@ def check_repeatable(model: nn.Module) -> None:
 
 @dataclass
 class RowsOfJobs:
-    """Which rows of the present pass are whose."""
+    """The owners of the current pass's rows."""
 
     owners: list[int] = field(default_factory=list)
-    """Numbers of the jobs, in the order of their rows."""
+    """The jobs' numbers, in the order of their rows."""
     counts: list[int] = field(default_factory=list)
     """Rows of each."""
 
@@ -67,7 +67,7 @@ class RowsOfJobs:
         return len(set(self.counts)) == 1
 
     def by_owner(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, …] as [S, b, …]; jobs with fewer rows than others get zeros behind them."""
+        """[B, …] as [S, b, …]; jobs with fewer rows are padded with zeros."""
         if self.even:
             return x.reshape(len(self.counts), self.counts[0], *x.shape[1:])
         return nn.utils.rnn.pad_sequence(list(x.split(self.counts)), batch_first=True)
@@ -84,7 +84,7 @@ class RowsOfJobs:
 
 
 class Own:
-    """The modules of one place, by job: those whose parameters this place of the stacked model takes."""
+    """The adapter modules of one place by job, whose parameters are used at this place of the stacked model."""
 
     def __init__(self, rows: RowsOfJobs) -> None:
         self.rows, self.modules = rows, dict[int, Any]()
@@ -110,7 +110,7 @@ class StackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The first job's, whose dtype PEFT asks for."""
+        """The first job's weight, whose dtype PEFT reads."""
         return self._of(self._own.first())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedScale:
-    """(IA)³'s vector, as PEFT asks a parameter for it."""
+    """(IA)³'s vector, in the form of the parameter that PEFT reads."""
 
     def __init__(self, own: Own) -> None:
         self._own = own
@@ -136,12 +136,12 @@ class StackedScale:
         return dtype
 
     def flatten(self) -> torch.Tensor:
-        """[B, 1, W], one a row."""
+        """[B, 1, W], one per row."""
         return self._own.rows.each(self._own.stacked(lambda layer: layer.ia3_l[NAME].flatten()))[:, None]
 
 
 def _weave(module: nn.Module, own: Own) -> bool:
-    """Have a tuner's module take the parameters of `own`; False for a module that is no tuner's."""
+    """Make a tuner's module use the parameters of `own`; False for a module that is not a tuner's."""
     layer: Any = module
     if isinstance(module, PedroLayer):
         layer.made = partial(_vectors_made, own)
@@ -173,7 +173,7 @@ def _vectors_made(own: Own, pooled: torch.Tensor, _name: str) -> torch.Tensor:
 
 
 def _constants(own: Own, _name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """`ConstantLayer.vectors`: [B, 1, W] in place of each [W]."""
+    """`ConstantLayer.vectors`: [B, 1, W] instead of each [W]."""
     made = [own.modules[owner].vectors(NAME) for owner in own.rows.owners]
     scales, shifts = (
         {target: own.rows.each(torch.stack([one[kind][target] for one in made]))[:, None] for target in made[0][kind]}
@@ -186,19 +186,19 @@ class StackedModel:
     """The passes of a coordinator."""
 
     def __init__(self, model: nn.Module, pad_id: int) -> None:
-        """`model` is the backbone with a fresh adapter of the method that all jobs have."""
+        """`model` is the backbone with a fresh adapter of the jobs' common method."""
         self._model, self._pad_id, self._rows = model.eval(), pad_id, RowsOfJobs()
         self._own: dict[str, Own] = {}
         for path, module in list(model.named_modules()):
             own = Own(self._rows)
             if _weave(module, own):
                 self._own[path] = own
-        assert self._own, "the method's tuner is one that a stacked model knows"
+        assert self._own, "the stacked model does not support this method's tuner"
         self._config = _form(model)
 
     def join(self, number: int, model: nn.Module) -> None:
-        """Take the rows of the job with this number through the adapter of `model`."""
-        assert _form(model) == self._config, "jobs that train together have adapters of one form"
+        """Apply the adapter of `model` to the rows of the job with this number."""
+        assert _form(model) == self._config, "the jobs' adapters must have the same form"
         for path, own in self._own.items():
             own.modules[number] = model.get_submodule(path)
 
@@ -226,7 +226,7 @@ class StackedModel:
 
 
 def _form(model: Any) -> dict[str, Any]:
-    """What an adapter's parameters look like, and what is done with them."""
+    """The shapes of an adapter's parameters, and its configuration."""
     form: dict[str, Any] = model.peft_config[NAME].to_dict()
     return form
 

@@ -1,8 +1,8 @@
-"""The process in which a group of jobs trains: a Ray actor with one coordinator for all of them. Its driver asks what
-they say.
+"""The process in which a group of jobs trains: a Ray actor with one coordinator for all of them. Its driver polls their
+messages.
 
-As a lone job's worker it holds no credential of the platform; what a job needs of it, its driver answers. Each job's
-words lie in an outbox of its own, and what it leaves lies in its own run's folder of the storage.
+Like a single job's worker it has no credentials of the platform; the driver answers the jobs' requests. Each job has
+its own outbox, and writes its results to its own run's folder in the storage.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Member:
-    """One job of a group, as its worker is told of it."""
+    """One job of a group, as passed to the worker."""
 
     job_id: str
     spec: dict[str, Any]
     parent: HandedAdapter | None
     checkpoint_models: bool = False
-    """Whether validated checkpoints are versions while it trains."""
+    """Whether validated checkpoints become versions during training."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """For the job's log."""
+    """A line for the job's log."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class MadeModel:
-    """A checkpoint, by its name in the run's folder, whose adapter is to become a version."""
+    """A checkpoint, by its name in the run's folder, whose adapter becomes a version."""
 
     checkpoint: str
     made: Mapping[str, Any]
@@ -72,25 +72,26 @@ class MadeModel:
 
 @dataclass(frozen=True)
 class Ended:
-    """The job's last word: what went wrong, or that it was stopped. Neither where its result lies in its run."""
+    """The job's last message: its error, or that it was stopped; neither if its result is in its run's folder."""
 
     error: PedroError | None = None
     stopped: bool = False
 
 
 class GroupWorker:
-    """One group's worker; `train` runs on one of the actor's threads, and the other calls come on others."""
+    """One group's worker; `train` runs on one of the actor's threads, other calls on further threads."""
 
     def __init__(self) -> None:
         self._outboxes: dict[str, Outbox] = {}
         self._stopped: set[str] = set()
         self._lock = threading.Lock()
-        """Of `_stopped` and `_coordinator`."""
+        """Guards `_stopped` and `_coordinator`."""
         self._coordinator: PassCoordinator | None = None
         self._members: list[Member] = []
 
     def train(self, members: list[Member], settings: Mapping[str, str]) -> None:
-        """Train all of them; return when each has ended. Raises what breaks one that is alone, as lone workers do."""
+        """Train all jobs; return when each has ended. If there is only one, its errors are raised, as by other
+        workers."""
         quiet_worker()
         self._outboxes = {member.job_id: Outbox() for member in members}
         self._members = members
@@ -120,7 +121,7 @@ class GroupWorker:
                 raise participant.error
 
     def take(self) -> list[tuple[str, Any]]:
-        """What the jobs have said since the last call, each with the job's id."""
+        """The jobs' messages since the last call, each with the job's id."""
         return [(job_id, item) for job_id, outbox in list(self._outboxes.items()) for item in outbox.take()]
 
     def answer(self, job_id: str, number: int, value: Any) -> None:
@@ -128,7 +129,7 @@ class GroupWorker:
         self._outboxes[job_id].answer(number, value)
 
     def stop(self, job_id: str) -> None:
-        """Have one job end; the others go on."""
+        """Stop one job; the others continue."""
         with self._lock:
             self._stopped.add(job_id)
             coordinator = self._coordinator
@@ -154,7 +155,7 @@ class GroupWorker:
                 outbox.put(Line(f"(worker pid={os.getpid()}) {line}"))
             if len(self._members) == 1:
                 raise
-            ended = Ended(UnavailableError(f"training: the job broke beside others ({type(error).__name__})"))
+            ended = Ended(UnavailableError(f"training: the job failed beside others ({type(error).__name__})"))
         finally:
             backbone.stacked_model.leave(participant.number)
         outbox.put(ended)
@@ -168,7 +169,7 @@ def _train(
     participant: Participant,
     outbox: Outbox,
 ) -> None:
-    """As a lone worker does (`trainer._train`): train, score, save, and leave the result in the run's folder."""
+    """As a single job's worker (`trainer._train`): train, score, save, and write the result to the run's folder."""
     from pedro.training import worker
     from pedro.training.checkpoint_models import CheckpointModels
 
@@ -194,12 +195,12 @@ def _train(
 
 
 class CotrainingReporter:
-    """Checkpoints into the run's folder of the storage, points and lines to the outbox. Others go on meanwhile."""
+    """Writes checkpoints to the run's folder, points and lines to the outbox. Other jobs continue meanwhile."""
 
     def __init__(self, run: str, outbox: Outbox, participant: Participant) -> None:
         self._run, self._outbox, self._participant = run, outbox, participant
         self.models: CheckpointModels | None = None
-        """Where checkpoints are models."""
+        """Set if checkpoints are saved as models."""
 
     def resume(self, engine: StepEngine, group: WorkerGroup) -> tuple[TrainState, Mapping[str, torch.Tensor]] | None:
         from pedro.training.checkpoints import DamagedCheckpoint, read_checkpoint

@@ -1,1 +1,1 @@
-"""Jobs that wait their turn: the controller, which starts one driver when its resources are free, and what it asks."""
+"""The job queue: the controller, which starts drivers when their resources are free, and its rules."""

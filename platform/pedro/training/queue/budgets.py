@@ -1,4 +1,4 @@
-"""Which tenants have trained all the hours of their day or month: their jobs wait until it is over."""
+"""Which tenants have used up their daily or monthly training hours: their jobs wait for the next period."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ HOUR_S = 3600.0
 
 
 def used_up(store: Store, now: float) -> dict[str, str]:
-    """Tenants whose budget of training is used up, each with what its jobs wait for; of two budgets, the later end.
+    """Tenants whose training budget is used up, each with the reason for waiting; of two budgets, the one ending later.
 
-    What a budget leaves is no bound on the job that is started on it: that runs to its end.
+    A budget does not limit a job once it has started: it runs to its end.
     """
     quotas = store.training_budgets()
     found: dict[str, str] = {}

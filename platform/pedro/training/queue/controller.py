@@ -1,8 +1,8 @@
-"""The controller: starts the driver of the job whose turn it is once its resources are free, and looks after the rest.
+"""The controller: starts the next job's driver once its resources are free, and watches running ones.
 
-One round (`Controller.round`): take the leases of the queue's open jobs, look at the cluster, bring each job and its
-driver together, start what fits. Nothing is kept in memory that a controller after this one would miss, but for how
-long a job that lost its driver should wait.
+One round (`Controller.round`): lease the queue's open jobs, query the cluster, reconcile each job with its driver,
+start what fits. It keeps no state in memory that a successor would need, except how long a job that lost its driver
+should wait.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from pedro.training.queue.launcher import ClusterView, Launcher
 
 ROUND_S = 1.0
-UNREADABLE = "The job could not be readied by a fault of the platform's own; its operator's log says which."
+UNREADABLE = "The job could not be prepared because of an internal error; the operator's log has the cause."
 LEASE_S = 30.0
-"""A controller that hangs for longer than this loses its jobs to another one."""
+"""A controller that hangs for longer loses its jobs to another one."""
 MOST_LOSSES = 5
-"""Drivers of one job that may be lost in a row before it is given up."""
+"""Consecutive lost drivers after which a job is given up."""
 LASTED_S = 3600.0
-"""A driver that ran for so long got on: what was lost before counts no more."""
+"""A driver that ran for this long made progress, so that earlier losses no longer count."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 300.0
 HISTORY_S = 24 * 3600.0
-"""What tenants had of the cluster counts for this long when turns are given."""
+"""How long tenants' past use of the cluster counts in the order of jobs."""
 
 
 class Controller:
-    """Works on the jobs of one store, alone or beside others."""
+    """Handles the jobs of one store, alone or beside other controllers."""
 
     def __init__(
         self,
@@ -58,8 +58,8 @@ class Controller:
         share_across_tenants: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`per_tenant` is how many jobs of one tenant may run at once; None is no limit. Jobs that share a worker are
-        of one tenant, unless they may `share_across_tenants`."""
+        """`per_tenant` limits the running jobs per tenant; None is no limit. Jobs that share a worker belong to one
+        tenant, unless `share_across_tenants` is set."""
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._store, self._launcher, self._log = store, launcher, log
         self._per_tenant, self._across_tenants, self._clock = per_tenant, share_across_tenants, clock
@@ -75,9 +75,9 @@ class Controller:
         may_end: Callable[[], bool] = lambda: False,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Rounds until `stop` is set, or no job is open and it `may_end`. What does not answer is waited for.
+        """Run rounds until `stop` is set, or no job is open and it `may_end`. Unavailable services are retried.
 
-        `beat` is called before each: who waits for it in vain knows that the controller hangs.
+        `beat` is called before each round, so that a watchdog can detect a hanging controller.
         """
         away = ""
         while not stop.is_set():
@@ -96,12 +96,13 @@ class Controller:
             stop.wait(ROUND_S)
 
     def close(self) -> None:
-        """Give up the leases."""
+        """Release the leases."""
         self._looker.shutdown(wait=True, cancel_futures=True)
         self._store.release_jobs(self.owner)
 
     def round(self) -> int:
-        """One round; how many jobs were open as it began. Raises UnavailableError if store or cluster do not answer."""
+        """Run one round; returns the number of open jobs at its start. Raises UnavailableError if store or cluster do
+        not answer."""
         now = self._clock()
         leased = self._store.lease_jobs(self.owner, now, now + LEASE_S)
         self._look_at_files([job for job in leased.jobs if job.status == JobStatus.VALIDATING])
@@ -113,13 +114,13 @@ class Controller:
         return leased.open_jobs
 
     def _look_at_files(self, jobs: list[JobRecord]) -> None:
-        """Look at specs and files of new jobs, one after the other, beside the rounds: files may be large."""
+        """Validate new jobs one after the other, concurrently with rounds, since files may be large."""
         held = {job.id for job in jobs}
         for job_id in [job_id for job_id, looking in self._looking.items() if looking.done()]:
             self._looking.pop(job_id)
         busy = {job.tenant for job in jobs if job.id in self._looking}
         for job in jobs:
-            if job.id not in self._looking and job.tenant not in busy:  # one of each tenant: many do not hold up others
+            if job.id not in self._looking and job.tenant not in busy:  # one per tenant, so as not to delay others
                 busy.add(job.tenant)
                 self._looking[job.id] = self._looker.submit(self._look_at, job)
         for job_id in self._looking.keys() - held:
@@ -127,7 +128,7 @@ class Controller:
                 del self._looking[job_id]
 
     def _look_at(self, job: JobRecord) -> None:
-        if self._store.get_job(job.id).status != JobStatus.VALIDATING:  # it was looked at since this round read it
+        if self._store.get_job(job.id).status != JobStatus.VALIDATING:  # it was validated after this round read it
             return
         self._store.add_job_event(job.id, f"Validating training file: {job.spec['data']['train']}", once=True)
         try:
@@ -139,7 +140,7 @@ class Controller:
             told = {"error": told_error(error)}
             self._store.end_job(job, JobStatus.FAILED, error.message, told, only=JobStatus.VALIDATING)
             return
-        except Exception:  # noqa: BLE001 - a mistake of ours ends this job, and no other
+        except Exception:  # noqa: BLE001 - an internal error ends only this job
             for line in traceback.format_exc().splitlines():
                 self._log(line)
             ours = {"error": {"code": "internal_error"}}
@@ -149,16 +150,16 @@ class Controller:
             self._store.add_job_event(job.id, "Files validated, moving job to queued state")
 
     def _may_start(self, job: JobRecord, view: ClusterView, now: float) -> bool:
-        """Whether it waits, its pause after a loss is over, and none of its earlier drivers is still about to end."""
+        """Whether it is queued, its pause after a loss is over, and none of its earlier drivers is still ending."""
         if job.submission_id or job.status != JobStatus.QUEUED:
             return False
         earlier = (view.states.get(driver_id(job, attempt)) for attempt in range(1, job.attempt))
         return self._not_before.get(job.id, 0) <= now and all(state is None or state.final for state in earlier)
 
     def _settle(self, job: JobRecord, view: ClusterView) -> bool:
-        """Bring a job and its driver together; whether the driver has ended."""
+        """Reconcile a job with its driver; returns whether the driver has ended."""
         assert job.submission_id is not None
-        shares = job.submission_id.startswith(SHARED)  # such a driver sees for itself which of its jobs are to end
+        shares = job.submission_id.startswith(SHARED)  # shared drivers watch for stops of their jobs themselves
         state = view.states.get(job.submission_id)
         if state is not None and not state.final:
             if job.wanted and not shares:
@@ -166,7 +167,7 @@ class Controller:
             elif self._clock() - (job.started or 0) > LASTED_S:
                 self._losses.pop(job.id, None)
             return False
-        now = self._store.get_job(job.id)  # a driver enters its end before it ends
+        now = self._store.get_job(job.id)  # a driver records its end before it exits
         if now.status.final or now.status == JobStatus.PAUSED or now.submission_id != job.submission_id:
             return True
         if now.wanted:
@@ -195,25 +196,27 @@ class Controller:
         self._losses.pop(job.id, None)
 
     def _start(self, waiting: list[JobRecord], running: list[JobRecord], view: ClusterView, starts: int) -> None:
-        """Start what fits, in turn. Behind one that must wait for others to end, none is let through."""
-        of_drivers = {job.submission_id: job for job in running}  # jobs that share a driver share what it holds
+        """Start what fits, in order. A job that must wait for others to end is not overtaken."""
+        of_drivers = {job.submission_id: job for job in running}  # jobs that share a driver share its resources
         promised = [view.missing(job) for job in of_drivers.values()]
         held = Counter(job.tenant for job in running)
         drivers = Counter(tenant for tenant, _ in {(job.tenant, job.submission_id) for job in running})
         history = self._store.worker_seconds(self._clock() - HISTORY_S) if waiting else {}
         over_budget = used_up(self._store, self._clock()) if waiting else {}
         gathering: list[JobRecord] = []
-        kept: dict[str | None, dict[str, float]] = {}  # free for those that gather, by their keys
+        kept: dict[str | None, dict[str, float]] = {}  # resources kept free for gathering jobs, by key
         while job := in_turn(waiting, drivers, history):
             waiting.remove(job)
             claim, shares, key = Claim.least(job), self._shares(job), key_of(job, self._across_tenants)
             reserved = [*promised, *(amounts for other, amounts in kept.items() if other != key)]
             if self._full(job, held):
-                self._store.explain_wait(job, f"waits for the tenant's other jobs: {self._per_tenant} run at once")
+                self._store.explain_wait(
+                    job, f"waits for the tenant's other jobs: at most {self._per_tenant} run at once"
+                )
             elif why := over_budget.get(job.tenant):
                 self._hold_back(job, why)
             elif not view.holds(claim):
-                self._store.explain_wait(job, f"needs {claim}, which no nodes of the cluster have in all")
+                self._store.explain_wait(job, f"needs {claim}, more than the cluster's nodes have in total")
             elif any(amount > view.free(reserved)[name] + 1e-6 for name, amount in claim.total.items()):
                 self._store.explain_wait(job, f"waits for {claim} to be free")
                 return
@@ -232,7 +235,7 @@ class Controller:
                 started = []
                 for member in group:
                     if not self._store.start_job(member, submission_id, starts):
-                        break  # another controller was first, or the job was stopped: the next round sees it
+                        break  # another controller was faster, or the job was stopped: left to the next round
                     started.append(member)
                     starts += 1
                     held[member.tenant] += 1
@@ -248,14 +251,14 @@ class Controller:
                 kept = {of: amounts for of, amounts in kept.items() if of in still}
 
     def _full(self, job: JobRecord, held: Mapping[str, int]) -> bool:
-        """Whether the job's tenant has as many jobs on the cluster as it may have."""
+        """Whether the job's tenant has reached its limit of running jobs."""
         return self._per_tenant is not None and held.get(job.tenant, 0) >= self._per_tenant
 
     def _lets(self, over_budget: Container[str], job: JobRecord, held: Mapping[str, int]) -> bool:
         return job.tenant not in over_budget and not self._full(job, held)
 
     def _shares(self, job: JobRecord) -> bool:
-        """Whether the job is started by a driver that others may share."""
+        """Whether the job gets a driver that others can share."""
         return key_of(job) is not None and isinstance(self._launcher, SharingLauncher)
 
     def _hold_back(self, job: JobRecord, why: str) -> None:
@@ -264,7 +267,7 @@ class Controller:
             self._store.add_job_event(job.id, f"The job {why}", level="warn", once=True)
 
     def _launch(self, jobs: list[JobRecord], submission_id: str) -> None:
-        """Start one driver for the jobs; several are such as share it."""
+        """Start one driver for the jobs; several share it."""
         names = ", ".join(f"{job.id} ({job.name})" for job in jobs)
         try:
             if submission_id.startswith(SHARED):
@@ -276,7 +279,7 @@ class Controller:
             for job in jobs:
                 again = "" if job.attempt == 1 else f", attempt {job.attempt}, from its last checkpoint"
                 self._store.add_job_event(job.id, f"Fine-tuning job started{again}")
-        except UnavailableError as error:  # its row names a driver that there is not: the next round sends it back
+        except UnavailableError as error:  # its row names a driver that does not exist: the next round requeues it
             self._log(f"{names}: {error.message}")
         except NotFoundError as error:
             for job in jobs:
@@ -284,5 +287,5 @@ class Controller:
 
 
 def driver_id(job: JobRecord, attempt: int) -> str:
-    """The submission id of a job's driver: the job's own for the first."""
+    """The submission id of a job's driver: the first one's is the job's id."""
     return job.id if attempt == 1 else f"{job.id}-{attempt}"

@@ -1,4 +1,4 @@
-"""Which of the jobs that wait start together in one worker: those that share it and are of one form (`sharing.py`)."""
+"""Which queued jobs start together in one worker: those with `share` and the same key (`sharing.py`)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from pedro.store import JobRecord
 
 GATHER_S = 2.0
-"""So long a job that shares waits for others that are queued at the same moment."""
+"""How long a sharing job waits for others that are queued at the same time."""
 SHARED = "shared-"
-"""Before the submission id of a driver of several jobs."""
+"""Prefix of the submission id of a shared driver."""
 
 
 def key_of(job: JobRecord, across_tenants: bool = False) -> str | None:
-    """Jobs with one key may start together; None for a job that has a driver of its own."""
+    """Jobs with the same key may start together; None for a job with its own driver."""
     tenant = None if across_tenants else job.tenant
     return group_key(job.spec, tenant) if job.kind == JobKind.FINE_TUNING else None
 
 
 def may_be_grouped(job: JobRecord) -> bool:
-    """Whether others may start with it: one that was started before goes on alone, lest it end theirs again."""
+    """Whether others may start with it: a restarted job trains alone, so that it cannot end theirs again."""
     return job.attempt == 1
 
 
@@ -38,9 +38,9 @@ def group_of(
     may_start: Callable[[JobRecord, Mapping[str, int]], bool],
     across_tenants: bool = False,
 ) -> list[JobRecord]:
-    """The job, and those of `waiting` that start with it, in turn; as many as one worker takes.
+    """The job, and those of `waiting` that start with it, in order; as many as fit into one worker.
 
-    `may_start` says whether a job's tenant may have it started beside what tenants then hold.
+    `may_start` says whether a tenant's limit allows the job in addition to these.
     """
     if not may_be_grouped(job):
         return [job]

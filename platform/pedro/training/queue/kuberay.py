@@ -1,8 +1,8 @@
-"""Drivers as RayJobs of KubeRay: each fine-tune or sweep on a Ray cluster of its own, which comes and goes with it.
+"""Drivers as RayJobs of KubeRay: each fine-tune or sweep has its own Ray cluster, created and deleted with it.
 
-A suspended RayJob in the namespace is the template, as `kubectl create job --from` takes a CronJob for one: image,
-settings, memory and security are its, and the operator's to write. Name, entrypoint, number of workers and their CPUs
-and GPUs are the job's. With the annotation `pedro/queue-name` on the template, Kueue admits them.
+A suspended RayJob in the namespace is the template, like a CronJob for `kubectl create job --from`: it determines
+image, settings, memory and security. The job determines name, entrypoint, number of workers and their CPUs and GPUs.
+With the annotation `pedro/queue-name` on the template, Kueue admits the RayJobs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ GPU = "nvidia.com/gpu"
 TIMEOUT_S = 20.0
 UNBOUNDED = 1e9
 ENDED = ("Complete", "Failed", "ValidationFailed")
-"""Of `status.jobDeploymentStatus` (KubeRay 1.7, ray-operator/apis/ray/v1/rayjob_types.go)."""
+"""Values of `status.jobDeploymentStatus` (KubeRay 1.7, ray-operator/apis/ray/v1/rayjob_types.go)."""
 ENDS = {"SUCCEEDED": JobStatus.SUCCEEDED, "STOPPED": JobStatus.CANCELLED}
-"""Of `status.jobStatus`; any other end is a failure."""
+"""Values of `status.jobStatus`; any other final one is a failure."""
 
 
 class KubeRayJobs:
-    """A `Launcher`. `cpus` and `gpus` are what all fine-tunes may hold at once; None leaves it to the cluster, whose
-    scheduler, autoscaler or Kueue lets pods wait."""
+    """A `Launcher`. `cpus` and `gpus` limit all fine-tunes together; with None the cluster's scheduler, autoscaler or
+    Kueue keeps pods pending."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class KubeRayJobs:
         cpus: float | None = None,
         gpus: float | None = None,
     ) -> None:
-        """Raises ConfigError where there is no client of Kubernetes, or nothing that says how to reach a cluster."""
+        """Raises ConfigError if the Kubernetes client is not installed, or no cluster is configured."""
         self._settings, self._template = settings, template
         self._node = {"CPU": UNBOUNDED if cpus is None else cpus, "GPU": UNBOUNDED if gpus is None else gpus}
         self._client, self._kind = _connect(namespace)
@@ -61,7 +61,7 @@ class KubeRayJobs:
 
     def look(self) -> ClusterView:
         with _answers():
-            self._read_template()  # without one no job could start: all wait, none is lost
+            self._read_template()  # without a template no job could start: all wait, none is lost
             items: Any = self._client.list(self._kind, labels=dict(OURS))
             found = [item.to_dict() for item in items]
         states = {item["metadata"]["name"]: _state(item) for item in found}
@@ -71,14 +71,14 @@ class KubeRayJobs:
         return ClusterView(states, [self._node], taken, held)
 
     def start(self, job: JobRecord, submission_id: str) -> None:
-        with _answers(but=409):  # there is one already
+        with _answers(but=409):  # it already exists
             body = rayjob(self._read_template(), job, submission_id, self._settings)
             self._client.create(self._kind.from_dict(body))
 
     def stop(self, submission_id: str) -> None:
         from lightkube.types import CascadeType
 
-        with _answers(but=404):  # it goes once its pods are gone, so that no second driver begins beside them
+        with _answers(but=404):  # deleted only after its pods, so that no second driver runs beside them
             self._client.delete(self._kind, submission_id, cascade=CascadeType.FOREGROUND)
 
     def _read_template(self) -> Mapping[str, Any]:
@@ -98,13 +98,12 @@ class KubeRayJobs:
 
 
 def rayjob(template: Mapping[str, Any], job: JobRecord, submission_id: str, settings: Settings) -> dict[str, Any]:
-    """The RayJob that runs a job's driver, from the template. Raises UnavailableError for one without one group of
-    workers."""
+    """The RayJob for a job's driver, from the template. Raises UnavailableError unless that has one worker group."""
     spec = copy.deepcopy(dict(template["spec"]))
     groups = spec.get("rayClusterSpec", {}).get("workerGroupSpecs", [])
     if len(groups) != 1:
         raise UnavailableError(
-            f"RayJob {template['metadata']['name']}: a template has one group of workers, not {len(groups)}"
+            f"RayJob {template['metadata']['name']}: a template must have one worker group, not {len(groups)}"
         )
     claim = Claim.of(job.spec)
     groups[0].update(dict.fromkeys(("replicas", "minReplicas", "maxReplicas"), claim.workers))
@@ -129,14 +128,14 @@ def rayjob(template: Mapping[str, Any], job: JobRecord, submission_id: str, sett
             "name": submission_id,
             "namespace": about["namespace"],
             "labels": labels,
-            "annotations": {TENANT: job.tenant, ADAPTER: job.adapter},  # no labels: some names are none
+            "annotations": {TENANT: job.tenant, ADAPTER: job.adapter},  # not labels, whose values are more restricted
         },
         "spec": spec,
     }
 
 
 def _state(item: Mapping[str, Any]) -> JobStatus:
-    """Where a driver stands. One that is being deleted runs until its pods are gone."""
+    """The state of a driver. One being deleted counts as running until its pods are gone."""
     status = item.get("status") or {}
     if item["metadata"].get("deletionTimestamp") or status.get("jobDeploymentStatus") not in ENDED:
         return JobStatus.RUNNING if status.get("jobStatus") else JobStatus.QUEUED
@@ -144,7 +143,7 @@ def _state(item: Mapping[str, Any]) -> JobStatus:
 
 
 def _held(item: Mapping[str, Any]) -> dict[str, float]:
-    """The CPUs and GPUs of a RayJob's workers; they were written by `rayjob`."""
+    """The CPUs and GPUs of a RayJob's workers, as set by `rayjob`."""
     (group,) = item["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     return {name: group["replicas"] * float(limits.get(key, 0)) for name, key in (("CPU", "cpu"), ("GPU", GPU))}
@@ -158,21 +157,21 @@ def _connect(namespace: str | None) -> tuple[Client, type[GenericNamespacedResou
         from lightkube.generic_resource import create_namespaced_resource
     except ImportError as error:
         raise ConfigError(
-            "PEDRO_LAUNCHER=kuberay needs the client of Kubernetes: pip install 'pedro-platform[services]'"
+            "PEDRO_LAUNCHER=kuberay needs the Kubernetes client: pip install 'pedro-platform[services]'"
         ) from error
     try:
         client = Client(namespace=namespace, timeout=httpx2.Timeout(TIMEOUT_S), field_manager="pedro-controller")
     except NoCluster as error:
         raise ConfigError(
-            f"PEDRO_LAUNCHER=kuberay: no cluster is known ({error}); run it in a pod with a service account, or set "
-            "KUBECONFIG"
+            f"PEDRO_LAUNCHER=kuberay: no cluster is configured ({error}); run it in a pod with a service account, or "
+            "set KUBECONFIG"
         ) from error
     return client, create_namespaced_resource("ray.io", "v1", "RayJob", "rayjobs")
 
 
 @contextmanager
 def _answers(but: int | None = None) -> Iterator[None]:
-    """Turn what the Kubernetes API says no with, the status `but` excepted, and its silence into UnavailableError."""
+    """Turn errors of the Kubernetes API, except the status `but`, and timeouts into UnavailableError."""
     import httpx2
     from lightkube import ApiError
 

@@ -1,4 +1,4 @@
-"""Where the controller's drivers run: what it asks of a cluster, and the one that runs them as Ray jobs."""
+"""Where the controller's drivers run: the interface to a cluster, and the launcher that uses Ray jobs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESOURCES = ("CPU", "GPU")
 
 @dataclass(frozen=True)
 class Claim:
-    """What a job's workers take."""
+    """The resources of a job's workers."""
 
     workers: int
     cpus: float
@@ -35,7 +35,7 @@ class Claim:
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Claim:
-        """Of a resolved spec, as it stands in the store."""
+        """The claim of a resolved spec from the store."""
         resources = spec.get("resources") or {}
         return cls(
             int(resources.get("workers", 1)),
@@ -45,7 +45,7 @@ class Claim:
 
     @classmethod
     def least(cls, job: JobRecord) -> Claim:
-        """What a job cannot begin without: of a sweep, the workers of one trial."""
+        """What a job needs to start: for a sweep, the workers of one trial."""
         claim = cls.of(job.spec)
         return replace(claim, workers=int(job.spec["sweep"]["workers"])) if job.kind == JobKind.SWEEP else claim
 
@@ -61,16 +61,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class ClusterView:
-    """A cluster as of a moment."""
+    """A snapshot of a cluster."""
 
     states: Mapping[str, JobStatus]
-    """Of the drivers that it knows, by submission id."""
+    """States of its drivers, by submission id."""
     nodes: Sequence[Mapping[str, float]] = ()
-    """What each node has in all."""
+    """The total resources of each node."""
     taken: Mapping[str, float] = field(default_factory=dict)
-    """What serving and the drivers' workers hold."""
+    """Resources in use by serving and the drivers' workers."""
     held: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """How much of that each driver's workers do, by submission id."""
+    """The part of that used by each driver's workers, by submission id."""
 
     def holds(self, claim: Claim) -> bool:
         """Whether the claim could be met if nothing else ran."""
@@ -83,12 +83,12 @@ class ClusterView:
         return sum(places) >= claim.workers
 
     def missing(self, job: JobRecord) -> dict[str, float]:
-        """What a driver was started with and its workers do not hold: not yet, or not between two trials."""
+        """Resources promised to drivers but not in use: not yet, or between two trials."""
         held = self.held.get(job.submission_id or "", {})
         return {name: max(0.0, amount - held.get(name, 0.0)) for name, amount in Claim.of(job.spec).total.items()}
 
     def free(self, promised: Sequence[Mapping[str, float]] = ()) -> dict[str, float]:
-        """What is left, less what is promised."""
+        """Free resources, without promised ones."""
         free = {name: sum(node.get(name, 0) for node in self.nodes) - self.taken.get(name, 0) for name in RESOURCES}
         for amounts in promised:
             free = {name: free[name] - amounts[name] for name in RESOURCES}
@@ -96,33 +96,32 @@ class ClusterView:
 
 
 class Launcher(Protocol):
-    """Starts, watches and ends drivers. Every call may raise UnavailableError; then the controller tries again."""
+    """Starts, watches and ends drivers. Every call may raise UnavailableError; the controller then retries."""
 
     def prepare(self, job: JobRecord) -> dict[str, Any] | None:
-        """Look at the spec and the files of a job that came unseen, and put what its driver reads into the storage.
+        """Validate spec and files of a job over HTTP, and store what its driver reads.
 
-        Returns the spec that the queue is to know it by, if that is another one. Raises PedroError for what is wrong
-        with them; again does no harm."""
+        Returns the spec for the queue, if it differs. Raises PedroError if they are invalid; idempotent."""
 
     def look(self) -> ClusterView: ...
 
     def start(self, job: JobRecord, submission_id: str) -> None:
-        """Start a driver of the job under that id; nothing happens if there is one already."""
+        """Start a driver of the job under this id; no effect if it exists."""
 
     def stop(self, submission_id: str) -> None:
-        """Ask a driver to end, which keeps its checkpoints; nothing happens if it has."""
+        """Ask a driver to stop, which keeps its checkpoints; no effect if it has ended."""
 
 
 @runtime_checkable
 class SharingLauncher(Protocol):
-    """A launcher that knows drivers of several jobs, which share a worker."""
+    """A launcher that supports drivers of several jobs, which share a worker."""
 
     def start_together(self, jobs: Sequence[JobRecord], submission_id: str) -> None:
-        """As `start`, one driver for all of them, even for one alone."""
+        """As `start`, with one driver for all of them, even for a single job."""
 
 
 class RayJobs:
-    """Drivers as Ray jobs on the cluster of `settings`, whose local head is started when there is none."""
+    """Drivers as Ray jobs on the cluster of `settings`; a local head is started if there is none."""
 
     def __init__(self, settings: Settings, log: Callable[[str], None]) -> None:
         self._settings, self._log = settings, log
@@ -130,7 +129,7 @@ class RayJobs:
 
     def prepare(self, job: JobRecord) -> dict[str, Any] | None:
         made = prepare(job, self._settings)
-        if self._settings.ray_address is None:  # to another's cluster nodes may come
+        if self._settings.ray_address is None:  # other clusters may get more nodes
             _check_holds(self.look(), Claim.least(job if made is None else replace(job, spec=made)))
         return made
 
@@ -140,8 +139,8 @@ class RayJobs:
         url = self._connected()
         try:
             return within(LOOK_TIMEOUT_S, partial(_look, url))
-        except Exception as error:  # of Ray's state API, too, which has one of its own
-            self._url = None  # it may be another one by the next look
+        except Exception as error:  # including the state API's own exception
+            self._url = None  # it may have changed by the next call
             raise UnavailableError(f"the Ray cluster at {url} does not answer: {error}") from error
 
     def start(self, job: JobRecord, submission_id: str) -> None:
@@ -168,14 +167,14 @@ class RayJobs:
     def _connected(self) -> str:
         from pedro.cluster import connect, find_head
 
-        local, url = self._settings.ray_address is None, self._url  # which another thread may forget meanwhile
+        local, url = self._settings.ray_address is None, self._url  # another thread may reset it meanwhile
         if url is None or (local and find_head(self._settings) is None):
             url = self._url = connect(self._settings, self._log).dashboard_url
         return url
 
 
 def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
-    """What `python -m` runs for a job's next start."""
+    """The arguments of `python -m` for a job's next start."""
     if job.kind == JobKind.SWEEP:
         at_once = Claim.of(job.spec).workers // Claim.least(job).workers
         of_start = ["--attempt", str(job.attempt), "--at-once", str(at_once)]
@@ -185,15 +184,15 @@ def driver_arguments(job: JobRecord, settings: Settings) -> list[str]:
 
 
 def check_fits(spec: FineTuneSpec, settings: Settings) -> None:
-    """Raise ConfigError for a job whose workers the cluster could not hold even if nothing else ran."""
+    """Raise ConfigError for a job whose workers would not fit even on an idle cluster."""
     _check_holds(RayJobs(settings, lambda _line: None).look(), Claim.of(spec.to_dict()))
 
 
 def _check_holds(view: ClusterView, claim: Claim) -> None:
-    if view.nodes and not view.holds(claim):  # a cluster that has none yet says nothing
+    if view.nodes and not view.holds(claim):  # a cluster without nodes may still get some
         there = " and ".join(f"{node[name]:g} {name}" for node in view.nodes for name in RESOURCES if node.get(name))
         raise ConfigError(
-            f"resources: the job needs {claim}, and this machine has {there}; lower resources.workers, "
+            f"resources: the job needs {claim}, but this machine has {there}; lower resources.workers, "
             "cpus_per_worker or gpus_per_worker",
             param="resources",
         )

@@ -1,4 +1,4 @@
-"""Validates a job that came over HTTP, of which only the shape was checked, and prepares what its driver reads."""
+"""Validates a job over HTTP, of which only the schema was checked, and stores what its driver reads."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FIELDS = {
     **{"data.train": "training_file", "data.validation": "validation_file", "parent": "model"},
     "resources": "method.pedro.resources",
 }
-"""Of the API, for those of a spec."""
+"""The API's field names for a spec's."""
 
 
 def prepare(job: JobRecord, settings: Settings) -> dict[str, Any] | None:
-    """Put the resolved spec into the storage, its data with it; of a sweep, the spec that its row is to have.
+    """Store the resolved spec and its data; for a sweep, returns the spec for its row.
 
-    Raises what `looked_at` raises."""
+    Raises as `looked_at` does."""
     staged = looked_at(job.spec, settings)
     offer_backbone(settings, staged.backbone)
     if job.kind == JobKind.SWEEP:
@@ -44,22 +44,21 @@ def prepare(job: JobRecord, settings: Settings) -> dict[str, Any] | None:
 
 
 def looked_at(fields: Mapping[str, Any], settings: Settings) -> FineTuneSpec:
-    """The resolved spec, its data in the storage; of a sweep, that of its trials.
+    """The resolved spec, with its data in the storage; for a sweep, that of its trials.
 
-    Raises PedroError: ConfigError for a spec that is wrong, or names anything but uploaded files; NotFoundError for a
-    file, or a version to go on from, that was deleted; DataError with the first bad line of a
-    file that cannot be trained on.
+    Raises PedroError: ConfigError if the spec is invalid, or names anything but uploaded files; NotFoundError if a file
+    or the parent was deleted; DataError with the first bad line of a file that cannot be used.
     """
     own = {name: value for name, value in fields.items() if name != "sweep"}
     spec = validate_spec(own, FineTuneSpec, source="method.pedro")
     for role, file in spec.data.files().items():
         if not FILE_ID.fullmatch(file):
-            raise ConfigError(f"data.{role}: {file!r} is no id of an uploaded file", param=f"data.{role}")
+            raise ConfigError(f"data.{role}: {file!r} is not the id of an uploaded file", param=f"data.{role}")
     staged = stage(with_uploaded_files(with_pinned_parent(spec, settings), settings), settings.storage)
     check_data(staged, settings, lambda _line: None)
     return staged
 
 
 def told_error(error: PedroError) -> dict[str, str | None]:
-    """Code and field of what was found, as the API calls them."""
+    """Code and field of an error, in the API's terms."""
     return {"code": error.code or "invalid_training_file", "param": FIELDS.get(error.param or "", error.param)}

@@ -1,7 +1,7 @@
-"""The controller as a process of its own: at most one a home. `python -m pedro.training.queue.process [--until-idle]`.
+"""The controller as a process: at most one per home. `python -m pedro.training.queue.process [--until-idle]`.
 
-`pedro submit` starts one where there is none; it ends when no job is open. On a cluster, `pedro controller` runs for
-good, and this one only where it does not answer.
+`pedro submit` starts one if there is none; it exits when no job is open. On a cluster, `pedro controller` runs
+permanently, and this one only if that does not answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TAKEN_WITHIN_S = 120.0  # 2 on an idle machine
 OTHERS_FIRST_S = 5.0
-"""With a cluster that is somebody else's, its own controller has this long to take a job."""
+"""How long the controller of an external cluster has to take a job."""
 RESPAWN_S = 10.0
 END_S = 20.0
 
@@ -47,8 +47,8 @@ def run(
     per_tenant: int | None = None,
     launcher: Launcher | None = None,
 ) -> None:
-    """Be the home's controller until SIGTERM or SIGINT, or until no job is open; drivers are Ray jobs if no `launcher`
-    is given. Raises ConflictError if the home has one."""
+    """Run as the home's controller until SIGTERM or SIGINT, or until no job is open; drivers are Ray jobs by default.
+    Raises ConflictError if the home has a controller."""
     from pedro.training.queue.controller import Controller
     from pedro.training.queue.launcher import RayJobs
 
@@ -72,7 +72,7 @@ def run(
             controller.run(
                 stop,
                 may_end=lambda: until_idle and not (settings.home / SERVER_RECORD).is_file(),
-                beat=_pid_file(settings).touch,  # a probe of its pod reads the time
+                beat=_pid_file(settings).touch,  # its modification time is read by the pod's probe
             )
         finally:
             with contextlib.suppress(UnavailableError):
@@ -81,7 +81,8 @@ def run(
 
 
 def hand_over(job_id: str, settings: Settings, store: Store) -> None:
-    """Return when a controller has the job, or it rests; one is started if none takes it. Raises UnavailableError."""
+    """Return when a controller has leased the job, or it is at rest; starts one if none does. Raises
+    UnavailableError."""
     started = time.monotonic()
     own = settings.ray_address is None and settings.launcher == "ray"
     patience = 0.0 if own else OTHERS_FIRST_S
@@ -97,20 +98,20 @@ def hand_over(job_id: str, settings: Settings, store: Store) -> None:
             patience = waited + RESPAWN_S
         time.sleep(0.1)
     raise UnavailableError(
-        f"no controller took the job {job_id}, which stays queued; the log of the last one is {_log(settings)}"
+        f"no controller took the job {job_id}, which stays queued; the last one's log is {_log(settings)}"
     )
 
 
 class ControllerKeeper:
-    """Keeps a controller running beside this home's server, to which jobs may come at any time, until the server ends.
-    A cluster that is somebody else's has its own."""
+    """Keeps a controller running beside this home's server, which may receive jobs at any time, until the server ends.
+    External clusters have their own."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._not_before = 0.0
 
     def ensure(self) -> None:
-        """Start one if there is none, unless one was started a moment ago."""
+        """Start one if there is none, unless one was just started."""
         own = self._settings.ray_address is None and self._settings.launcher == "ray"
         if own and time.monotonic() >= self._not_before and not is_running(self._settings):
             _spawn(self._settings)
@@ -118,7 +119,7 @@ class ControllerKeeper:
 
 
 def end_controller(settings: Settings) -> bool:
-    """End this home's controller; the jobs it has stay as they are. False if none ran."""
+    """End this home's controller, without changing its jobs. False if none ran."""
     pid = _pid(settings)
     if pid is None or not is_running(settings):
         return False
@@ -134,7 +135,7 @@ def end_controller(settings: Settings) -> bool:
 
 
 def _release_of_the_dead(store: Store) -> None:
-    """Free what controllers of this host hold that were killed: their leases need not run out first."""
+    """Release the leases of this host's killed controllers, without waiting for their expiry."""
     import psutil
 
     for owner in store.job_lease_owners():
@@ -164,10 +165,10 @@ def _spawn(settings: Settings) -> None:
 def _only_one(settings: Settings) -> Iterator[None]:
     lock = _lock(settings)
     try:
-        lock.acquire(timeout=1)  # who looks whether one runs holds it for a moment
+        lock.acquire(timeout=1)  # processes that check for a controller hold it briefly
     except Timeout:
         raise ConflictError(
-            f"a controller of {settings.home} runs already (process {_pid(settings)}); `pedro down` ends it"
+            f"a controller of {settings.home} is already running (process {_pid(settings)}); `pedro down` ends it"
         ) from None
     try:
         _pid_file(settings).write_text(str(os.getpid()))
@@ -212,13 +213,13 @@ def _log(settings: Settings) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the process that `pedro submit` starts."""
     parser = argparse.ArgumentParser(prog="pedro.training.queue.process", description="Run the controller of a home.")
-    parser.add_argument("--until-idle", action="store_true", help="end when no job is open")
+    parser.add_argument("--until-idle", action="store_true", help="exit when no job is open")
     options = parser.parse_args(arguments)
 
     def log(line: str) -> None:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
-    with contextlib.suppress(ConflictError):  # another one was faster
+    with contextlib.suppress(ConflictError):  # another process was faster
         run(Settings.from_env(), log, until_idle=options.until_idle)
     return 0
 

@@ -1,7 +1,7 @@
-"""How many trials of a sweep run at once: as many as there is room for when its driver is started, and at least one.
+"""How many trials of a sweep run concurrently: as many as fit when its driver starts, and at least one.
 
-The section `sweep` of a sweep's spec in the store has `workers`, those of one trial, and `at_once`, the most trials;
-`resources.workers` beside it is what all of them hold together, until the driver ends.
+The section `sweep` of a sweep's spec in the store has `workers` per trial and `at_once`, the maximum of concurrent
+trials; `resources.workers` is the total reserved until the driver ends.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def widened(
     waiting: Sequence[JobRecord],
     most: int | None = None,
 ) -> JobRecord:
-    """The sweep with workers for all trials that fit beside what is promised and what other jobs wait for; `most`, the
-    jobs that its tenant may still run at once."""
+    """The sweep with workers for all trials that fit in addition to promised resources and other waiting jobs; `most`
+    is how many more jobs its tenant may run."""
     others = [claim.total for claim in map(Claim.least, waiting) if view.holds(claim)]
     trial, free = Claim.least(job), view.free([*promised, *others])
     rooms = [int((free[name] + 1e-6) // amount) for name, amount in trial.total.items() if amount]

@@ -1,4 +1,4 @@
-"""Whose turn it is among the jobs that wait: higher priorities first, then the tenant that has had the least."""
+"""The order of queued jobs: higher priorities first, then the tenant that used the cluster least."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def in_turn(waiting: Sequence[JobRecord], held: Mapping[str, int], history: Mapping[str, float]) -> JobRecord | None:
-    """The next job to start: of the highest priority; of those, of the tenant with the fewest jobs on the cluster
-    (`held`), then with the fewest worker-seconds behind it (`history`); of one tenant's, the oldest."""
+    """The next job to start: of the highest priority; among those, of the tenant with the fewest jobs on the cluster
+    (`held`), then with the fewest worker-seconds so far (`history`); of one tenant's, the oldest."""
 
     def place(job: JobRecord) -> tuple[float, int, float, float, str]:
         tenant = job.tenant

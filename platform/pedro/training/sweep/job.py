@@ -1,7 +1,7 @@
 """One sweep, from spec to version: `python -m pedro.training.sweep.job --sweep ID`, or `--spec FILE [key=value …]`.
 
 The outline: check, prepare, run the trials, register the best, report. The last line on standard output is the result
-as one JSON object. Killed at any point, the same command with `--sweep ID` resumes where it was.
+as one JSON object. After a kill, the same command with `--sweep ID` resumes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from pedro.training.trainer import Champion, Result, unservable
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended, as `pedro sweep --wait --json` prints it."""
+    """The result of a sweep, as printed by `pedro sweep --wait --json`."""
 
     sweep: str
     name: str
     model: str
-    """The version that the best trial became, `tenant.adapter:version`."""
+    """The version of the best trial, `tenant.adapter:version`."""
     alias: str
     gate: str
     digest: str
@@ -53,15 +53,15 @@ class SweepResult:
     counts: dict[str, int]
     """Trials by state."""
     kept: int
-    """Trials that had ended before this driver was started, and were not run again."""
+    """Trials that had ended before this driver started, and were not repeated."""
     trials: list[dict[str, Any]]
     directory: str
-    """summary.json, trials.csv and parallel.png, on the driver's host; the run holds them as well."""
+    """summary.json, trials.csv and parallel.png, on the driver's host; also artifacts of the run."""
     run_id: str
     seconds: float
     """Of this driver."""
     evidence: dict[str, Any] | None = None
-    """The version against the champion, row by row; none where they were not compared."""
+    """The comparison of the version with the champion, row by row, if there was one."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,10 +76,10 @@ def run_sweep(
     attempt: int = 1,
     at_once: int | None = None,
 ) -> SweepResult:
-    """Run a sweep on the Ray cluster that this process is connected to, or what is left of it.
+    """Run a sweep, or the rest of it, on the Ray cluster that this process is connected to.
 
-    `attempt` is which start of its driver this is; `at_once` how many trials its controller has room for. Raises
-    PedroError; then what was trained stays, and the same call resumes from there.
+    `attempt` is the number of this driver's start; `at_once` how many concurrent trials the controller allows. If it
+    raises PedroError, finished trials are kept, and the same call resumes from there.
     """
     from pedro.training.sweep.tuning import concurrent_trials, run_trials
 
@@ -94,7 +94,7 @@ def run_sweep(
         if tracker.waiting:
             most = at_once or spec.concurrency or concurrent_trials(spec.base.resources)
             concurrency = min(most, tracker.waiting)
-            kept = f"{tracker.kept} of {tracker.planner.total} trials have ended before; " if tracker.kept else ""
+            kept = f"{tracker.kept} of {tracker.planner.total} trials had already ended; " if tracker.kept else ""
             log(f"sweep {sweep_id}: {kept}{tracker.waiting} trials to run, {concurrency} at a time")
             experiment = sweep_id if attempt == 1 else f"{sweep_id}-again-{attempt - 1}"
             progress, events = SweepProgress(tracker, log), TrialEvents(tracker, registry.store)
@@ -114,7 +114,7 @@ def run_sweep(
 
 
 def _own_run(records: Records, spec: SweepSpec, registry: Registry) -> str:
-    """The sweep's run in MLflow, the parent of its trials'; made once."""
+    """The sweep's run in MLflow, the parent of its trials' runs; created once."""
     record = records.record()
     assert record is not None
     if record.run_id:
@@ -167,12 +167,12 @@ def _finish(tracker: TrialTracker, settings: Settings, registry: Registry, start
     registry.tag_run(tracker.run_id, {"version": version.ref, "best_trial": str(best.number)})
     log(f"{version.ref} is {'the champion' if alias == CHAMPION else 'kept as candidate'}: {gate}")
     if counts[TrialState.LOST]:
-        log(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` runs them again")
+        log(f"{counts[TrialState.LOST]} trials were lost; `pedro sweep … --resume` repeats them")
     return result
 
 
 def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[Version, str, str]:
-    """The best trial's adapter as a version, through the gate: it, its alias and why. Asked again, the same."""
+    """Register the best trial's adapter through the gate. Returns the version, its alias and why. Idempotent."""
     job = variant(tracker.spec, best.parameters)
     for version in registry.versions(job.name):
         if version.run_id == best.run_id and version.gate:
@@ -200,11 +200,13 @@ def _register(tracker: TrialTracker, best: Trial, registry: Registry) -> tuple[V
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point of the Ray job."""
     parser = argparse.ArgumentParser(prog="pedro.training.sweep.job", description="Run one sweep, or resume it.")
-    parser.add_argument("--sweep", help="the id of a sweep that `pedro sweep` has prepared, or that was interrupted")
+    parser.add_argument("--sweep", help="the id of a sweep prepared by `pedro sweep`, or interrupted")
     parser.add_argument("--spec", help="a YAML spec, for a new sweep")
-    parser.add_argument("--attempt", type=int, default=None, help="which start this is, if a controller counts them")
-    parser.add_argument("--at-once", type=int, default=None, help="trials that its controller has room for")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the spec")
+    parser.add_argument(
+        "--attempt", type=int, default=None, help="the number of this start, if a controller counts them"
+    )
+    parser.add_argument("--at-once", type=int, default=None, help="concurrent trials allowed by the controller")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override keys of the spec")
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _OwnRow(OwnRecord):
-    """A sweep's row: its trials are in its records, the metrics are those of the best."""
+    """A sweep's row: trials are in its records, the metrics are the best trial's."""
 
     def succeeded(self, result: dict[str, Any]) -> None:
         told = {name: value for name, value in result.items() if name != "trials"}
@@ -224,7 +226,7 @@ class _OwnRow(OwnRecord):
 
 
 def _drive(options: argparse.Namespace, record: SweepRecord, settings: Settings) -> int:
-    """Run the sweep, enter into its row how it goes, and in the usage ledger what its trials trained."""
+    """Run the sweep, update its row, and add its trials' training to the usage ledger."""
     own = _OwnRow(settings.database_url, record.id, log_line, options.attempt)
 
     def work() -> dict[str, Any]:
@@ -232,7 +234,7 @@ def _drive(options: argparse.Namespace, record: SweepRecord, settings: Settings)
         connect_driver(log_to_driver=False)
         registry, counted = Registry.open(settings), options.attempt or 1
         result = run_sweep(record.id, settings, registry, log_line, attempt=counted, at_once=options.at_once)
-        _enter_trials(record.id, settings)  # before its end is told, after which nobody starts it
+        _enter_trials(record.id, settings)  # before its end is recorded, after which nothing restarts it
         return result.to_dict()
 
     code = drive(work, "sweep", f"`pedro jobs logs {record.id} --raw` shows where; --resume resumes it", own)
@@ -241,7 +243,7 @@ def _drive(options: argparse.Namespace, record: SweepRecord, settings: Settings)
 
 
 def _enter_trials(sweep_id: str, settings: Settings) -> None:
-    """What its trials trained, into the usage ledger; what stands there already stays as it is."""
+    """Add its trials' training to the usage ledger; trials already there are not added again."""
     records = Records(settings.storage, sweep_id)
     model = records.spec().base.name
     for trial in records.trials():
@@ -251,7 +253,7 @@ def _enter_trials(sweep_id: str, settings: Settings) -> None:
 
 def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
     if bool(options.sweep) == bool(options.spec):
-        raise ConfigError("give either --sweep ID or --spec FILE", param="--sweep")
+        raise ConfigError("pass either --sweep ID or --spec FILE", param="--sweep")
     if options.spec:
         spec = load_sweep_spec(options.spec, options.overrides)
         check_sweep(spec)
@@ -260,7 +262,7 @@ def _record(options: argparse.Namespace, settings: Settings) -> SweepRecord:
         return record
     known = Records(settings.storage, options.sweep).record()
     if known is None:
-        raise ConfigError(f"--sweep: {options.sweep!r} is not known in {settings.storage}", param="--sweep")
+        raise ConfigError(f"--sweep: {options.sweep!r} does not exist in {settings.storage}", param="--sweep")
     return known
 
 

@@ -1,4 +1,4 @@
-"""Queues a sweep, or resumes the last one of its spec: what `pedro sweep` calls. Needs no cluster."""
+"""Queues a sweep, or resumes the last one of its spec, for `pedro sweep`. Needs no cluster."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 RESTS = (JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 AT_ONCE_IN_PODS = 4
-"""Trials at a time where each brings its pods, and nothing says how many there is room for."""
+"""Concurrent trials if each has its own pods, and the free room is unknown."""
 
 
 def submit(spec: SweepSpec, settings: Settings, store: Store, *, priority: int = 0) -> str:
-    """Queue a new sweep and return its id, once a controller has it. Raises what `create` does; then there is none."""
+    """Queue a new sweep and return its id, once a controller has it. Raises as `create` does; then none is queued."""
     record = create(spec, settings)
     try:
         _enter(record, settings, store, priority)
@@ -40,7 +40,7 @@ def submit(spec: SweepSpec, settings: Settings, store: Store, *, priority: int =
 
 
 def resume(spec: SweepSpec, settings: Settings, store: Store, *, priority: int = 0) -> str:
-    """Queue the last sweep of this very spec and data again; what has ended of it is not run again.
+    """Queue the last sweep of exactly this spec and data again; its finished trials are not repeated.
 
     Raises NotFoundError if there is none, ConflictError if it has not ended.
     """
@@ -48,8 +48,8 @@ def resume(spec: SweepSpec, settings: Settings, store: Store, *, priority: int =
     record = Records(settings.storage, sweep_id).record() if sweep_id else None
     if record is None:
         raise NotFoundError(
-            f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; give the same file "
-            "and the same key=value overrides, or leave --resume out to start anew",
+            f"--resume: no sweep of exactly this spec and data was started in {settings.storage}; pass the same file "
+            "and the same key=value overrides, or omit --resume to start a new one",
             param="--resume",
         )
     try:
@@ -68,8 +68,8 @@ def resume(spec: SweepSpec, settings: Settings, store: Store, *, priority: int =
 def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
     """Record a new sweep, its data copied to the storage.
 
-    A parent is pinned to one version, and its method taken, as a job's is. Raises DataError for unreadable data,
-    ConflictError while its tenant is being erased, NotFoundError and ConfigError for a parent that is none.
+    A parent is pinned to one version, and its method used, as for a job. Raises DataError for unreadable data,
+    ConflictError while its tenant is being erased, NotFoundError or ConfigError for an unusable parent.
     """
     store = Store(settings.database_url)
     store.check_not_erased(spec.base.tenant)
@@ -82,23 +82,23 @@ def create(spec: SweepSpec, settings: Settings) -> SweepRecord:
         pinned = asked.model_copy(update={"base": asked.base.model_copy(update=start)})
     record = SweepRecord(f"sweep-{uuid.uuid4().hex[:12]}", pinned.to_dict())
     Records(settings.storage, record.id).write_record(record)
-    remember(settings.storage, asked, record.id)  # as it was given: the parent's name may mean another version later
+    remember(settings.storage, asked, record.id)  # before resolving: the parent's name may mean another version later
     return record
 
 
 def result_of(job: JobRecord, settings: Settings) -> dict[str, Any]:
-    """How a sweep ended, with all its trials (`SweepResult`)."""
+    """The result of a sweep, with all its trials (`SweepResult`)."""
     return {**(job.result or {}), "trials": rows_of(Records(settings.storage, job.id).trials())}
 
 
 def staged(spec: SweepSpec, settings: Settings) -> SweepSpec:
-    """The spec with its data where every host finds them."""
+    """The spec with its data copied to the storage."""
     changes: dict[str, Any] = {"base": stage(with_uploaded_files(spec.base, settings), settings.storage)}
     return spec.model_copy(update=changes)
 
 
 def job_spec(spec: SweepSpec, settings: Settings) -> dict[str, Any]:
-    """What the queue knows of a sweep: its trials' spec, with the resources of the largest (`queue/sweeps.py`)."""
+    """A sweep's spec for the queue: its trials' spec, with the largest one's resources (`queue/sweeps.py`)."""
     base = spec.to_dict()["base"]
     if any(key.partition(".")[0] == "resources" for key in spec.space):
         tried = [variant(spec, parameters).resources.model_dump() for _, parameters in probes(spec)]
@@ -110,7 +110,7 @@ def job_spec(spec: SweepSpec, settings: Settings) -> dict[str, Any]:
 
 
 def _enter(record: SweepRecord, settings: Settings, store: Store, priority: int) -> None:
-    """The sweep's row, with the backbones that it needs in the storage."""
+    """The sweep's row, after storing the backbones that it needs."""
     spec = Records(settings.storage, record.id).spec()
     tried = spec.space.get("backbone")
     for backbone in {spec.base.backbone, *map(str, tried.values if tried else ())}:

@@ -1,4 +1,4 @@
-"""A sweep that came over HTTP: a job whose spec has a section `sweep`, of which only the shape was checked."""
+"""A sweep over HTTP: a job whose spec has a section `sweep`, of which only the schema was checked."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 FIELD = "method.pedro.sweep"
 PLANNED = ("workers", "at_once")
-"""What the queue adds to the section, once a sweep was looked at."""
+"""Keys that the queue adds to the section after validation."""
 
 
 def sweep_spec(fields: Mapping[str, Any], base: FineTuneSpec, *, options: bool) -> SweepSpec:
-    """The sweep of a job's spec, whose `base` was looked at. Raises ConfigError for what a trial cannot be;
-    `options`: also for what a method says of its own."""
+    """The sweep of a job's spec, whose `base` is validated. Raises ConfigError for impossible trials; `options`: also
+    validate the method's options."""
     section = {name: value for name, value in fields["sweep"].items() if name not in PLANNED}
     asked = {name: value for name, value in fields.items() if name != "sweep"}
     try:
@@ -34,13 +34,13 @@ def sweep_spec(fields: Mapping[str, Any], base: FineTuneSpec, *, options: bool) 
     try:
         check_sweep(spec, options=options)
     except ConfigError as error:
-        key = (error.param or "").partition(" ")[0]  # of a combination of values, none is to blame alone
+        key = (error.param or "").partition(" ")[0]  # for combinations of values, no single key is at fault
         raise ConfigError(error.message, param=FIELD if key == "base" else f"{FIELD}.{key}") from None
     return spec
 
 
 def record(job_id: str, spec: SweepSpec, fields: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Record the sweep, under the job's id; and the job's spec as the queue needs it."""
+    """Record the sweep under the job's id; returns the job's spec for the queue."""
     Records(settings.storage, job_id).write_record(SweepRecord(job_id, spec.to_dict()))
     planned = job_spec(spec, settings)
     section = {**fields["sweep"], **{name: planned["sweep"][name] for name in PLANNED}}

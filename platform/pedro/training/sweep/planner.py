@@ -1,7 +1,6 @@
-"""What the next trial tries: the next of a list, or what Optuna learnt from those before.
+"""The parameters of the next trial: the next in a list, or Optuna's proposal based on earlier trials.
 
-A planner is made anew when a sweep is resumed, from the trials that were begun until then; it has no state of its own
-that a kill could lose.
+When a sweep is resumed, the planner is rebuilt from the trials begun so far; it has no state that a kill could lose.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ class TrialPlanner(Protocol):
         """Parameters for the trial `number`, counted from 0 and less than `total`."""
 
     def learn(self, trial: Trial) -> None:
-        """Take note of a trial that has ended."""
+        """Learn the result of a trial that has ended."""
 
 
 def make_planner(spec: SweepSpec, begun: Iterable[Trial]) -> TrialPlanner:
-    """The planner of a spec that knows of the trials that were begun before."""
+    """The planner of a spec, given the trials begun before."""
     planned = planned_trials(spec)
     return OptunaPlanner(spec, begun) if planned is None else ListPlanner(planned)
 
 
 class ListPlanner:
-    """Goes through a list."""
+    """Iterates over a list."""
 
     def __init__(self, planned: list[Parameters]) -> None:
         self._planned, self.total = planned, len(planned)
@@ -46,11 +45,11 @@ class ListPlanner:
         return self._planned[number]
 
     def learn(self, trial: Trial) -> None:
-        """A list does not change."""
+        """No effect: the list is fixed."""
 
 
 class OptunaPlanner:
-    """Optuna's TPE sampler (https://optuna.readthedocs.io, `TPESampler`), by ask and tell."""
+    """Optuna's TPE sampler (https://optuna.readthedocs.io, `TPESampler`), through ask and tell."""
 
     def __init__(self, spec: SweepSpec, begun: Iterable[Trial]) -> None:
         import optuna
@@ -60,7 +59,7 @@ class OptunaPlanner:
         self.total = spec.search.draws(spec.space)
         self._space = spec.space
         self._distributions = {key: _distribution(dimension) for key, dimension in spec.space.items()}
-        # a resumed sampler must not repeat the draws of the first one
+        # a resumed sampler must not repeat the first one's draws
         sampler = optuna.samplers.TPESampler(seed=spec.search.seed * 1_000_003 + len(begun))
         self._study = optuna.create_study(direction="minimize", sampler=sampler)
         self._asked: dict[int, Any] = {}
@@ -75,7 +74,7 @@ class OptunaPlanner:
 
     def learn(self, trial: Trial) -> None:
         asked = self._asked.pop(trial.number, None)
-        if asked is None:  # begun before a kill, so that this study never asked for it
+        if asked is None:  # begun before a kill, so not asked for in this study
             self._study.add_trial(self._as_told(trial))
             return
         import optuna.trial
@@ -95,12 +94,12 @@ class OptunaPlanner:
 
 
 def _told(trial: Trial) -> float | None:
-    """The loss that Optuna hears; None for a failure. A trial that was stopped early says how far it had come."""
+    """The loss reported to Optuna; None for a failure. For trials stopped early, their last loss."""
     return trial.loss if trial.state in (TrialState.FINISHED, TrialState.STOPPED) else None
 
 
 def _distribution(dimension: Dimension) -> Any:
-    """Lists go by position, since Optuna knows scalars alone and `orders` are pairs."""
+    """Lists are represented by index, since Optuna only supports scalars and `orders` are pairs."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if dimension.listed:

@@ -1,7 +1,7 @@
-"""What of a sweep must survive a kill: its spec, and one small file for each trial. Imports neither Ray nor MLflow.
+"""A sweep's state that survives a kill: its spec, and one small file per trial. Imports neither Ray nor MLflow.
 
-Under `sweeps/<id>/` of the storage. `trials/<n>.json` is written by the sweep's driver alone, `results/<n>.json` by the
-trial alone, so that no two processes ever write one file; a trial that has a result is never run again.
+Stored under `sweeps/<id>/`. `trials/<n>.json` is only written by the sweep's driver, `results/<n>.json` only by the
+trial, so that no file has two writers; a trial with a result is never repeated.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from pedro.search_space import Parameters
 
 BY_SPEC = "by-spec"
-LATER = ("fields", "special_tokens_in_content")  # of a spec's data: sweeps from before there were these are found too
+LATER = ("fields", "special_tokens_in_content")  # added to a spec's data later: sweeps without them are found
 
 
 class TrialState(StrEnum):
-    """How a trial stands. RUNNING → FINISHED | STOPPED | FAILED | LOST; a resume runs RUNNING and LOST ones again."""
+    """A trial's state. RUNNING → FINISHED | STOPPED | FAILED | LOST; a resume repeats RUNNING and LOST ones."""
 
     RUNNING = "running"
     FINISHED = "finished"
     STOPPED = "stopped"
-    """By the scheduler, for others were better."""
+    """Stopped by the scheduler, because others were better."""
     FAILED = "failed"
-    """By itself, for instance because it diverged; it would only do so again."""
+    """Failed by itself, for instance by diverging; it would fail again."""
     LOST = "lost"
-    """By its surroundings: a worker was killed, a disk was full."""
+    """Lost for an external reason: a worker was killed, a disk was full."""
 
     @property
     def final(self) -> bool:
@@ -42,7 +42,7 @@ class TrialState(StrEnum):
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """What a trial says of its own end."""
+    """A trial's own record of its end."""
 
     state: TrialState
     attempt: int
@@ -56,24 +56,24 @@ class TrialOutcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, as the driver knows it."""
+    """One trial, as known to the driver."""
 
     number: int
     parameters: Parameters
     run_id: str
     state: TrialState = TrialState.RUNNING
     attempt: int = 1
-    """Counts up when a lost trial is started anew; one that was only interrupted resumes as the same attempt."""
+    """Incremented when a lost trial is restarted; an interrupted one resumes with the same attempt."""
     reports: tuple[tuple[int, float], ...] = ()
-    """(step, validation loss), as the scheduler saw them."""
+    """(step, validation loss), as reported to the scheduler."""
     steps: int = 0
-    """How many there will be; 0 before the first report."""
+    """The planned number of steps; 0 before the first report."""
     message: str = ""
     outcome: TrialOutcome | None = None
 
     @property
     def loss(self) -> float | None:
-        """The validation loss that counts: of the kept checkpoint if it finished, else the last finite one seen."""
+        """The trial's validation loss: of the kept checkpoint if it finished, else the last finite one."""
         if self.outcome and "validation_loss" in self.outcome.metrics:
             kept: float = self.outcome.metrics["validation_loss"]
             return kept
@@ -81,23 +81,23 @@ class Trial:
 
     @property
     def step(self) -> int:
-        """How far it got."""
+        """The last step reached."""
         return self.reports[-1][0] if self.reports else 0
 
     def job_id(self, sweep_id: str) -> str:
-        """The name of its Ray Train run; the same name resumes where it was interrupted."""
+        """The name of its Ray Train run; the same name resumes an interrupted run."""
         again = f"-{self.attempt}" if self.attempt > 1 else ""
         return f"{sweep_id}-trial-{self.number:03d}{again}"
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """A sweep as such."""
+    """The record of a sweep."""
 
     id: str
     spec: dict[str, Any]
     run_id: str = ""
-    """Its run in MLflow, once there is one."""
+    """Its run in MLflow, once it exists."""
 
 
 class Records:
@@ -108,31 +108,31 @@ class Records:
         self.location = join(storage, "sweeps", sweep_id)
 
     def record(self) -> SweepRecord | None:
-        """The sweep itself; None if there is none of this id."""
+        """The sweep; None if it does not exist."""
         text = read_text(join(self.location, "sweep.json"))
         if text is None:
             return None
-        fields = json.loads(text)  # those of earlier releases count their drivers, too
+        fields = json.loads(text)  # earlier releases also counted drivers
         return SweepRecord(fields["id"], fields["spec"], fields.get("run_id", ""))
 
     def write_record(self, record: SweepRecord) -> None:
         self._write("sweep.json", asdict(record))
 
     def spec(self) -> SweepSpec:
-        """The resolved spec, its data in the storage."""
+        """The resolved spec, with data in the storage."""
         record = self.record()
-        assert record is not None, f"{self.sweep_id} has no record; the caller looks first"
+        assert record is not None, f"{self.sweep_id} has no record; check first"
         return SweepSpec.model_validate(record.spec)
 
     def trials(self) -> list[Trial]:
-        """All trials that were ever begun, in order, with their own words on how they ended."""
+        """All trials ever begun, in order, merged with their own results."""
         trials: list[Trial] = []
         while (trial := self.trial(len(trials))) is not None:
             trials.append(trial)
         return trials
 
     def trial(self, number: int) -> Trial | None:
-        """One trial with its own word on how it ended; None if it was never begun."""
+        """One trial merged with its own result; None if it was never begun."""
         text = read_text(self._trial(number))
         return None if text is None else self._with_outcome(_trial(json.loads(text)))
 
@@ -145,7 +145,7 @@ class Records:
         self._write(f"results/{number:03d}.json", asdict(outcome))
 
     def outcome(self, trial: Trial) -> TrialOutcome | None:
-        """What this attempt of the trial said of its end, if it came so far."""
+        """The result of this attempt of the trial, if it has ended."""
         text = read_text(join(self.location, f"results/{trial.number:03d}.json"))
         if text is None:
             return None
@@ -165,12 +165,12 @@ class Records:
 
 
 def sweep_ids(storage: str) -> list[str]:
-    """The sweeps that a storage holds."""
+    """The sweeps in a storage."""
     return [name for name in folders(join(storage, "sweeps")) if name != BY_SPEC]
 
 
 def remember(storage: str, spec: SweepSpec, sweep_id: str) -> None:
-    """Make `sweep_id` the one that `recall` finds for this spec."""
+    """Let `recall` find `sweep_id` for this spec."""
     write_text(_by_spec(storage, spec), json.dumps({"id": sweep_id}))
 
 
@@ -181,8 +181,8 @@ def recall(storage: str, spec: SweepSpec) -> str | None:
 
 
 def _by_spec(storage: str, spec: SweepSpec, *, placed: bool = False) -> str:
-    """Data sets count by their names, which are those of their contents: the home may have been moved. Earlier
-    releases took their places (`placed`)."""
+    """A digest in which data sets count by name, which depends on their content, since the home may have been moved.
+    Earlier releases used their locations (`placed`)."""
     fields = spec.to_dict()
     data = fields["base"]["data"].items()
     named = {name: value if placed else _name(value) for name, value in data if value or name not in LATER}

@@ -1,4 +1,4 @@
-"""What people see of a sweep: the table while it runs, the table and the figure at its end."""
+"""A sweep's output for users: a table while it runs, a table and a figure at its end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pedro.training.sweep.tracker import TrialTracker
 
 EVERY_S = 20.0
-AT_MOST = 12  # trials in the table while it runs
-APART = 0.06  # of an axis: the least distance between two ticks
+AT_MOST = 12  # trials in the table during the run
+APART = 0.06  # minimum distance between ticks, as a share of the axis
 SCORES = ("accuracy", "backbone_accuracy", "majority_accuracy", "loss")
 
 
 class SweepProgress:
-    """Prints the table whenever a trial ends, and now and then in between."""
+    """Prints the table when a trial ends, and periodically in between."""
 
     def __init__(self, tracker: TrialTracker, log: Callable[[str], None]) -> None:
         self._tracker, self._log = tracker, log
@@ -48,7 +48,7 @@ class SweepProgress:
 
 
 def progress_table(tracker: TrialTracker) -> list[str]:
-    """Lines of the running trials and, where not all fit, of the best others."""
+    """Lines of the running trials and, if not all fit, of the best others."""
     trials = tracker.trials
     if len(trials) > AT_MOST:
         running = [trial for trial in trials if trial.state is TrialState.RUNNING]
@@ -78,9 +78,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """One flat row a trial: number, state, parameters by their keys, scores, what it cost, why it ended.
+    """One flat row per trial: number, state, parameters by key, scores, cost, why it ended.
 
-    The validation loss is that of the kept checkpoint, or the last one of a trial that did not finish.
+    The validation loss is the kept checkpoint's, or the last one of a trial that did not finish.
     """
     return [
         {
@@ -116,10 +116,9 @@ def write_sweep_report(tracker: TrialTracker, folder: Path, summary: dict[str, A
 
 
 def draw_parallel(drawn: Sequence[Trial], keys: list[str], best: Trial | None, path: Path) -> None:
-    """Parallel coordinates: an axis for each key, then validation loss and accuracy; a line for each trial.
+    """Parallel coordinates: an axis per key, then validation loss and accuracy; a line per trial.
 
-    Finished trials are coloured by their loss and the best is drawn thick; stopped ones are grey. Failed ones have
-    nothing to compare and are left out.
+    Finished trials are coloured by loss and the best is drawn thick; stopped ones are grey; failed ones are omitted.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -176,9 +175,9 @@ Height = Callable[[Any], float | None]
 
 
 def axis(values: Sequence[Any]) -> tuple[Height, list[tuple[float, str]]]:
-    """Where values lie between 0 and 1 on an axis of their own, and its ticks.
+    """Positions of values between 0 and 1 on their axis, and its ticks.
 
-    Numbers lie by size (by its logarithm over wide ranges), the rest in the order in which they come.
+    Numbers are placed by size (logarithmically over wide ranges), other values in order of appearance.
     """
     known = [value for value in values if value is not None]
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
@@ -205,7 +204,7 @@ def axis(values: Sequence[Any]) -> tuple[Height, list[tuple[float, str]]]:
 
 
 def metric(trial: Trial, name: str) -> Any:
-    """What a trial that came to its end measured."""
+    """A finished trial's metrics."""
     return trial.outcome.metrics.get(name) if trial.outcome else None
 
 

@@ -1,4 +1,4 @@
-"""What a sweep is asked to do: the YAML of `pedro sweep`, frozen and checked."""
+"""The spec of a sweep: the YAML of `pedro sweep`, validated and immutable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
 from pedro.training.spec import FineTuneSpec, check_backbones, check_data_files
 
 FIXED = {
-    "parent": "trials are compared from one start",
+    "parent": "all trials start from the same parent",
     "tenant": "a sweep trains versions of one adapter",
     "adapter": "a sweep trains versions of one adapter",
     "data.train": "trials are compared on the same rows",
@@ -23,9 +23,9 @@ FIXED = {
     "data.test": "trials are compared on the same rows",
     "data.fields": "trials are compared on the same rows",
     "objective": "trials are compared by one loss",
-    "dpo": "losses of different β are not to be compared",
-    "resources.share": "trials have workers of their own",
-    "gate": "trials are compared on the same rows, and the gate judges the best alone",
+    "dpo": "losses with different β are not comparable",
+    "resources.share": "each trial has its own workers",
+    "gate": "trials are compared on the same rows, and the gate only judges the best",
 }
 
 
@@ -33,16 +33,17 @@ class SweepSpec(Frozen):
     """One sweep: a fine-tuning job, and the keys of it that vary."""
 
     name: str
-    """What the sweep is called among those of its adapter."""
+    """The sweep's name among those of its adapter."""
     base: FineTuneSpec
-    """The job, as `pedro submit` takes it."""
+    """The job, as for `pedro submit`."""
     space: dict[str, Dimension] = Field(min_length=1)
-    """Dotted keys of the job, each with the values that it may take."""
+    """Dotted keys of the job, each with its possible values."""
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
     concurrency: int | None = Field(None, ge=1, le=4096)
-    """Most trials at a time; if not given, as many as the cluster has room for, beside what other jobs wait for, when
-    the sweep starts (4 where each brings its pods, PEDRO_LAUNCHER=kuberay). Their places are held until it ends."""
+    """Maximum number of concurrent trials; default: as many as fit on the cluster when the sweep starts, besides other
+    waiting jobs (4 with PEDRO_LAUNCHER=kuberay, where each has its own pods). These resources are reserved until it
+    ends."""
 
     @field_validator("name")
     @classmethod
@@ -55,20 +56,20 @@ class SweepSpec(Frozen):
     @model_validator(mode="after")
     def _possible(self) -> SweepSpec:
         if self.base.resources.share:
-            raise ValueError("base.resources.share: trials have workers of their own; leave it false")
+            raise ValueError("base.resources.share: each trial has its own workers; leave it false")
         for key in self.space:
             for fixed, why in FIXED.items():
                 if key == fixed or key.startswith(f"{fixed}."):
                     raise ValueError(f"space.{key}: cannot vary: {why}")
             if self.base.parent and key.partition(".")[0] == "method":
-                raise ValueError(f"space.{key}: cannot vary: trials go on from base.parent, as that was trained")
+                raise ValueError(f"space.{key}: cannot vary: trials continue base.parent with its method")
         if "data.theta" in self.space and any(isinstance(v, str) for v in self.space["data.theta"].values):
-            raise ValueError("space.data.theta: shares can vary, files cannot; name a file as base.data.theta")
+            raise ValueError("space.data.theta: shares can vary, files cannot; set a file in base.data.theta")
         if self.base.data.validation == 0:
-            raise ValueError("base.data.validation: trials are compared by their loss on it; give a share or a file")
+            raise ValueError("base.data.validation: trials are compared by their loss on it; set a share or a file")
         self.search.check(self.space)
         if self.scheduler.name == "asha" and not (self.scheduler.grace_steps or self.base.training.eval_every):
-            raise ValueError("scheduler.grace_steps: needed where base.training.eval_every is 0 (once an epoch)")
+            raise ValueError("scheduler.grace_steps: required if base.training.eval_every is 0 (once per epoch)")
         return self
 
     @property
@@ -77,10 +78,10 @@ class SweepSpec(Frozen):
         return self.scheduler.grace_steps or self.base.training.eval_every
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved spec as JSON holds it; `SweepSpec.model_validate` reads it back."""
+        """The resolved spec as JSON; `SweepSpec.model_validate` parses it."""
         fields = self.model_dump(mode="json")
         if "training.max_steps" in self.space and "epochs" not in self.base.training.model_fields_set:
-            del fields["base"]["training"]["epochs"]  # nobody asked for the default, which would cut the trials' steps
+            del fields["base"]["training"]["epochs"]  # the default would end trials before their max_steps
         return fields
 
 

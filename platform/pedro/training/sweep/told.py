@@ -1,4 +1,4 @@
-"""Reports each trial that ends to whoever follows the sweep: an event of its job."""
+"""Reports each finished trial to the sweep's followers, as an event of its job."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class TrialEvents:
-    """Each is told once, also by a driver that goes on after another one."""
+    """Each trial is reported once, also across restarts of the driver."""
 
     def __init__(self, tracker: TrialTracker, store: Store) -> None:
         self._tracker, self._store = tracker, store
         self._told: set[tuple[int, int]] = set()  # number and attempt
 
     def tell(self) -> None:
-        """What has ended since the last time; a database that is away hears of it the next time."""
+        """Report trials that have ended since the last call; retried in the next call if the database is away."""
         for trial in self._tracker.trials:
             if trial.state is TrialState.RUNNING or (trial.number, trial.attempt) in self._told:
                 continue
@@ -36,7 +36,7 @@ class TrialEvents:
 
 
 def trial_event(trial: Trial, total: int) -> tuple[str, dict[str, Any]]:
-    """Words, and the numbers: of the losses, one that is none is left out."""
+    """The event's text and its data; missing losses are omitted."""
     values = ", ".join(f"{key}={value}" for key, value in trial.parameters.items())
     loss = trial.loss if trial.loss is not None and math.isfinite(trial.loss) else None
     how = f"validation loss {loss:.4f}" if loss is not None else trial.message or "no validation loss"

@@ -1,6 +1,6 @@
-"""Tracks the trials of a sweep: keeps the records, the runs in MLflow and the planner in step. Imports no Ray.
+"""Tracks the trials of a sweep: keeps records, MLflow runs and the planner in sync. Does not import Ray.
 
-Everything here happens in the driver, on one thread.
+Everything runs in the driver, on one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RUN_STATUS = {
 
 
 class TrialTracker:
-    """The trials of one sweep. What was begun and has not ended comes first, then what the planner proposes."""
+    """The trials of one sweep. Unfinished trials come first, then the planner's proposals."""
 
     def __init__(
         self, records: Records, spec: SweepSpec, planner: TrialPlanner, registry: Registry, run_id: str
@@ -36,18 +36,18 @@ class TrialTracker:
         self.trials = records.trials()
         self._open = [trial.number for trial in self.trials if not trial.state.final]
         self.kept = len(self.trials) - len(self._open)
-        """Trials that had ended before this driver came, and are not run again."""
+        """Trials that had ended before this driver started, and are not repeated."""
         for trial in self.trials:
             if trial.state.final:
-                self._close(trial)  # the driver may have been killed between a trial's last word and this
+                self._close(trial)  # the driver may have been killed between a trial's result and this
 
     @property
     def waiting(self) -> int:
-        """How many trials are still to be started."""
+        """How many trials have yet to be started."""
         return len(self._open) + max(0, self.planner.total - len(self.trials))
 
     def next(self) -> Trial | None:
-        """Begin a trial, or resume an interrupted one; None when there is nothing left to begin."""
+        """Begin a trial, or resume an interrupted one; None if none is left."""
         if self._open:
             trial = self.trials[self._open.pop(0)]
             if trial.state is TrialState.LOST:
@@ -76,7 +76,7 @@ class TrialTracker:
             self._keep(replace(trial, reports=(*trial.reports, (step, loss)), steps=steps))
 
     def ended(self, number: int, broke: str | None = None) -> Trial:
-        """Record that a trial is over: by its own word, stopped if it left none, lost if it `broke`."""
+        """Record the end of a trial: by its own result, else as stopped, or as lost if it `broke`."""
         trial = self.trials[number]
         outcome = self.records.outcome(trial)
         if outcome:
@@ -94,7 +94,7 @@ class TrialTracker:
 
     @property
     def best(self) -> Trial | None:
-        """The finished trial of least validation loss."""
+        """The finished trial with the lowest validation loss."""
         finished = [(t.loss, t.number, t) for t in self.trials if t.state is TrialState.FINISHED and t.loss is not None]
         return min(finished)[2] if finished else None
 

@@ -1,6 +1,6 @@
-"""One trial of a sweep: the job of `pedro submit` up to its adapter, which the sweep registers if it is the best.
+"""One trial of a sweep: a job up to its adapter, which the sweep registers if it is the best.
 
-Runs in a process of its own that Ray Tune starts, and needs no processor while its workers train.
+Runs in a process started by Ray Tune, which is idle while its workers train.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pedro.training.trainer import WorkersLost, fit, unpack_settings
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """Train one trial and leave its outcome in the records, whatever it is: a failure concerns this trial alone.
+    """Train one trial and record its result, even a failure, which affects only this trial.
 
     `config`: sweep (id), settings, run_id (of the sweep), number.
     """
@@ -28,7 +28,7 @@ def run_trial(config: dict[str, Any]) -> None:
     settings = unpack_settings(config["settings"])
     records = Records(settings.storage, config["sweep"])
     trial = records.trials()[config["number"]]
-    if trial.state.final:  # it was over when its driver was killed
+    if trial.state.final:  # it had ended when its driver was killed
         return
     started = time.monotonic()
     try:

@@ -1,7 +1,7 @@
-"""Ray Tune at work: who is next, who is stopped early, how many at a time. The tracker keeps what must outlive it.
+"""Runs trials with Ray Tune: the next trial, early stopping, concurrency. Persistent state is in the tracker.
 
-A resumed sweep is a new experiment of Tune's for the trials that have not ended; the scheduler is told what the others
-reported. So nothing depends on when Tune last saved its own state.
+A resumed sweep is a new Tune experiment for the unfinished trials; the scheduler gets the others' reports again. So
+nothing depends on when Tune last saved its state.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 LOSS, STEP, STEPS = "dev_loss", "step", "steps"
 UNBOUNDED_STEPS = 10**9
-# A trial's own process waits for its workers. It takes a sliver of what only the head has, so that however many wait,
-# none of them keeps a CPU from the workers it waits for.
+# A trial's own process waits for its workers. It reserves a tiny amount of a resource that only the head has, so that
+# waiting trials take no CPUs from their workers.
 WAITS_ON_HEAD = {"node:__internal_head__": 0.0001}
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the report of a finished adapter comes without a validation
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # the report of a finished adapter has no validation
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -43,9 +43,9 @@ TUNE_ENVIRONMENT = {
 def run_trials(
     tracker: TrialTracker, settings: Settings, name: str, concurrency: int, show: Callable[[bool], None]
 ) -> None:
-    """Run all trials that have not ended, at most `concurrency` at a time.
+    """Run all unfinished trials, at most `concurrency` at a time.
 
-    `show` is called all the time, with whether a trial ended just now.
+    `show` is called repeatedly, with whether a trial just ended.
     """
     update_environment({**ENVIRONMENT, **TUNE_ENVIRONMENT})
     scheduler = make_scheduler(tracker.spec)
@@ -73,7 +73,7 @@ def run_trials(
 
 
 def concurrent_trials(resources: ResourcesSpec) -> int:
-    """How many trials' workers fit on the cluster at a time; at least 1, for a cluster may grow."""
+    """How many trials' workers fit on the cluster; at least 1, since a cluster may grow."""
     import ray
 
     there = ray.cluster_resources()
@@ -83,7 +83,7 @@ def concurrent_trials(resources: ResourcesSpec) -> int:
 
 
 class Halving(ASHAScheduler):
-    """ASHA, but a trial that has trained to its end is let be: what is left is to score it."""
+    """ASHA, but without stopping trials that have finished training and only need scoring."""
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if result.get(STEP, 0) >= result.get(STEPS, UNBOUNDED_STEPS):
@@ -109,7 +109,7 @@ def make_scheduler(spec: SweepSpec) -> TrialScheduler:
 
 
 def tell(scheduler: TrialScheduler, tracker: TrialTracker) -> None:
-    """Let the scheduler know what trials reported that have ended before."""
+    """Replay the reports of earlier trials to the scheduler."""
     for trial in tracker.trials:
         if trial.state in (TrialState.FINISHED, TrialState.STOPPED):
             _replay(scheduler, f"before-{trial.number}", trial.reports)
@@ -124,14 +124,14 @@ def _replay(scheduler: TrialScheduler, trial_id: str, reports: tuple[tuple[int, 
 
 
 class _OfThisProcess:
-    """Tune pickles what it is given, to restore it some day; the records do that here."""
+    """Not restored by Tune, which pickles its arguments: the records serve that purpose."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class Next(_OfThisProcess, Searcher):
-    """Hands the tracker's trials to Tune."""
+    """Passes the tracker's trials to Tune."""
 
     def __init__(self, tracker: TrialTracker, scheduler: TrialScheduler) -> None:
         super().__init__(metric=LOSS, mode="min")
@@ -145,17 +145,17 @@ class Next(_OfThisProcess, Searcher):
         return {"number": trial.number}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The tracker hears of it from `Watch`, and tells the planner."""
+        """`Watch` informs the tracker, which informs the planner."""
 
     def save(self, checkpoint_path: str) -> None:
-        """There is nothing to save."""
+        """Nothing to save."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """There is nothing to restore."""
+        """Nothing to restore."""
 
 
 class Watch(_OfThisProcess, tune.Callback):
-    """Tells the tracker what happens."""
+    """Informs the tracker of Tune's events."""
 
     def __init__(self, tracker: TrialTracker, show: Callable[[bool], None]) -> None:
         self._tracker, self._show = tracker, show

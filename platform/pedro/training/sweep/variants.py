@@ -1,6 +1,6 @@
-"""A trial's job: the base spec with the trial's parameters in it, and whether all of a space makes sensible jobs.
+"""A trial's job: the base spec with the trial's parameters, and validation of a whole space.
 
-Starts nothing. The methods' own checks need torch and peft, which are imported only then.
+Starts nothing. The methods' checks need torch and peft, which are only imported for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
-    """The job of a trial. Raises ConfigError for a key that a job has not, or a value that it cannot take."""
+    """The job of a trial. Raises ConfigError for an unknown key or an invalid value."""
     fields = spec.to_dict()["base"]
     for key, value in parameters.items():
         _put(fields, key, value)
@@ -30,19 +30,19 @@ def variant(spec: SweepSpec, parameters: Parameters) -> FineTuneSpec:
 
 
 def planned_trials(spec: SweepSpec) -> list[Parameters] | None:
-    """What will be tried, in order; None where each trial depends on the ones before."""
+    """The trials' parameters in order; None if each trial depends on earlier ones."""
     return spec.search.planned(spec.space)
 
 
 def planned_count(spec: SweepSpec) -> int:
-    """How many trials there will be, at most."""
+    """The maximum number of trials."""
     planned = planned_trials(spec)
     return spec.search.draws(spec.space) if planned is None else len(planned)
 
 
 def check_sweep(spec: SweepSpec, *, options: bool = True) -> None:
-    """Raise one ConfigError with all that is wrong with the space, before anything starts: the methods' options, too,
-    which only a process that may import torch looks at."""
+    """Raise one ConfigError with all mistakes in the space, before anything starts, including the methods' options,
+    which are only checked in processes that may import torch."""
     mistakes: dict[str, str] = {}
     for label, parameters in probes(spec):
         try:
@@ -61,7 +61,7 @@ def check_sweep(spec: SweepSpec, *, options: bool = True) -> None:
 
 
 def probes(spec: SweepSpec) -> Iterator[tuple[str, Parameters]]:
-    """The base alone, every listed value and both ends of every range alone, then the combinations that are planned."""
+    """The base, every listed value and both ends of every range separately, then the planned combinations."""
     yield "base", {}
     for key, dimension in spec.space.items():
         for value in dimension.values:
@@ -75,12 +75,12 @@ def _put(fields: dict[str, Any], key: str, value: Any) -> None:
     for parent in parents:
         fields = fields.setdefault(parent, {})
         if not isinstance(fields, dict):
-            raise ConfigError(f"{key}: {parent!r} is not a section, so nothing can be set inside it", param=key)
+            raise ConfigError(f"{key}: {parent!r} is not a section, so it has no keys", param=key)
     fields[leaf] = value
 
 
 def _method_mistakes(job: FineTuneSpec) -> list[str]:
-    """What the method says of its options: of their names, and of their values too where the backbone is at hand."""
+    """Errors of the method's options: of their names, and of their values if the backbone is available."""
     from pedro.methods.registry import get_method
 
     options = job.method.options
@@ -90,7 +90,7 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
         unknown = [name for name in options if name not in known]
         config = None if unknown else _model_config(job.backbone)
         if config is not None or unknown:
-            method.config(config, options)  # type: ignore[arg-type]  # None: unknown options are told before it is read
+            method.config(config, options)  # type: ignore[arg-type]  # None: unknown options are found first
     except ConfigError as error:
         return error.message.split("; method.")
     except BackboneError as error:
@@ -100,6 +100,6 @@ def _method_mistakes(job: FineTuneSpec) -> list[str]:
 
 @cache
 def _model_config(backbone: str) -> ModelConfig | None:
-    """The config of a backbone on this host; None for a hub id, whose job checks for itself."""
+    """The config of a backbone on this host; None for a hub id, which the job checks itself."""
     directory = named_directory(backbone) or Path(backbone).expanduser()
     return load_config(resolve_backbone(backbone)) if (directory / "config.json").is_file() else None
