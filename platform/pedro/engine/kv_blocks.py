@@ -9,12 +9,13 @@ Legend: K key-value heads, P positions of all blocks, d head width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from ctypes import POINTER, c_void_p, cast, pointer
 from typing import TYPE_CHECKING
 
 import torch
 
+from pedro.engine import native
 from pedro.engine.kv_cache import KVCache, zeros
-from pedro.engine.native_copy import Copier
 
 if TYPE_CHECKING:
     from pedro.engine.kernel_threads import KernelThreads
@@ -77,6 +78,50 @@ class KVBlocks:
 
     def _span(self, place: int, count: int) -> tuple[int, int]:
         return place * BLOCK * self._width, count * BLOCK * self._width
+
+
+class Copier:
+    """Copies with the CPU kernel's threads, all layers in one call, between `slots` and `kept`: equally many float32
+    tensors with the same number of heads.
+
+    `strides`: distance between heads, in floats, in a slot and in `kept`. Offsets and counts are in floats, counts per
+    head.
+    """
+
+    def __init__(
+        self,
+        slots: list[torch.Tensor],
+        kept: list[torch.Tensor],
+        heads: int,
+        strides: tuple[int, int],
+        threads: KernelThreads,
+    ) -> None:
+        kernel = native.load_kernel()
+        assert kernel is not None, "only used where the kernel runs"
+        self._kernel, self._threads, self._count = kernel, threads, len(slots)
+        self._tensors = [(c_void_p * len(slots))(*(tensor.data_ptr() for tensor in side)) for side in (slots, kept)]
+        self._strides, self._heads = strides, heads
+
+    def save(self, slot_at: int, kept_at: int, count: int) -> None:
+        """From `slots` to `kept`."""
+        self._run(1, kept_at, 0, slot_at, count)
+
+    def load(self, slot_at: int, kept_at: int, count: int) -> None:
+        """From `kept` to `slots`."""
+        self._run(0, slot_at, 1, kept_at, count)
+
+    def _run(self, to: int, to_at: int, source: int, source_at: int, count: int) -> None:
+        copy = native.CopyStruct(
+            to=cast(self._tensors[to], POINTER(c_void_p)),
+            from_=cast(self._tensors[source], POINTER(c_void_p)),
+            to_at=to_at,
+            to_stride=self._strides[to],
+            from_at=source_at,
+            from_stride=self._strides[source],
+            heads=self._heads,
+            count=count,
+        )
+        self._kernel.pedro_copy(self._threads.count, self._count, pointer(copy))
 
 
 def _runs(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
