@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, field_validator
 
 from pedro.comparison.untrained import LIKELIHOOD, Untrained
 from pedro.config import Frozen
-from pedro.data.general_text import MOST_TOKENS, text_digest
+from pedro.data.general_text import MOST_TOKENS
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 
@@ -47,13 +45,3 @@ class ServingSpec(Frozen):
     """How many run together, each with a prompt of the packaged text."""
     tokens: int = Field(32, ge=1, le=1024)
     """How many each is answered with."""
-
-
-def identity(forgetting: ForgettingSpec | None, serving: ServingSpec | None) -> dict[str, Any]:
-    """What ids of runs take over of it; nothing where nothing is measured, so that runs of before keep their ids."""
-    known: dict[str, Any] = {}
-    if forgetting is not None:
-        known["forgetting"] = {**forgetting.model_dump(exclude={"data"}), "text": text_digest()}
-    if serving is not None:
-        known["serving"] = serving.model_dump()
-    return known

@@ -12,16 +12,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import load_config, resolve_backbone
 from pedro.comparison.data import has_chat_template
-from pedro.comparison.measures import ForgettingSpec, ServingSpec, identity
 from pedro.comparison.result_model import BACKBONE, BUDGET_TOLERANCE, FINAL, TUNE
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, data_key, label_of
 from pedro.comparison.untrained import Untrained
+from pedro.data.general_text import text_digest
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import BackboneError, ConfigError
+
+if TYPE_CHECKING:
+    from pedro.comparison.measures import ForgettingSpec, ServingSpec
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class RunPlanner:
             "backbone_digest": resolve_backbone(group.backbone).digest,
             **self._judge(choice),
             **({"chat": True} if chat else {}),
-            **({} if group.untrained else identity(self.spec.forgetting, self.spec.serving)),
+            **({} if group.untrained else _measures(self.spec.forgetting, self.spec.serving)),
             **({"seed": seed} if group.untrained else {}),  # that of a training is among its settings
         }
         return PlannedRun(
@@ -286,3 +289,13 @@ def _key(options: dict[str, Any]) -> str:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _measures(forgetting: ForgettingSpec | None, serving: ServingSpec | None) -> dict[str, Any]:
+    """What a run's id depends on; empty if neither is measured, so that ids of earlier runs do not change."""
+    known: dict[str, Any] = {}
+    if forgetting is not None:
+        known["forgetting"] = {**forgetting.model_dump(exclude={"data"}), "text": text_digest()}
+    if serving is not None:
+        known["serving"] = serving.model_dump()
+    return known
