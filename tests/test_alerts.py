@@ -93,6 +93,7 @@ class Watched:
 @pytest.fixture
 def watched(tmp_path, monkeypatch) -> Iterator[Watched]:
     monkeypatch.setattr(usage, "RETRY_S", 0.02)
+    monkeypatch.setattr(usage, "LAST_FLUSH_S", 0.1)  # a database that stays away is not waited for at the end
     monkeypatch.setattr(webhook_runner, "POLL_S", 0.02)
     settings = GatewaySettings(
         name="g1", webhook_key_file=tmp_path / "key", webhook_networks=LOOPBACK, write_usage_every_s=0.01

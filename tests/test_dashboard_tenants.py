@@ -212,7 +212,7 @@ def test_a_login_opens_what_the_key_is_for_and_says_why_it_opens_nothing(setting
     assert admitted(key_of("acme", "infer", "train")) == login.Reader("acme", trains=True)
     for key, said in (
         (key_of("acme", "infer"), "may not look"),
-        (key_of("acme", "read", adapters=("intents",)), "held to some adapters"),
+        (key_of("acme", "read", adapters=("intents",)), "restricted to some adapters"),
         ("sk-pedro-nothing", "Incorrect API key"),
         ("", "needed"),
     ):

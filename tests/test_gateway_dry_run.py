@@ -85,7 +85,7 @@ def test_dry_runs_go_one_after_the_other_and_a_tenant_has_one(tmp_path):
     async def ask():
         asked = [asyncio.create_task(runs.ask(tenant, {"name": tenant})) for tenant in ("a", "b")]
         await asyncio.sleep(0)
-        with pytest.raises(RateLimitError, match="under way"):
+        with pytest.raises(RateLimitError, match="in progress"):
             await runs.ask("a", {"name": "a"})
         return await asyncio.gather(*asked)
 

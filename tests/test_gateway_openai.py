@@ -55,7 +55,7 @@ def test_a_version_of_ones_own_that_no_alias_serves_can_be_deleted(gateway):
     backend, before = gateway.backend, gateway.backend.adapters["globex.faq"]
     try:
         for name, why in (
-            ("globex.faq", "means 'globex.faq:2' now"),
+            ("globex.faq", "currently means 'globex.faq:2'"),
             ("globex.faq:2", "champion"),
             ("globex.faq:1", "previous"),
             (BACKBONE, "backbone"),

@@ -314,7 +314,7 @@ def test_keys_without_the_scope_or_held_to_adapters_have_no_webhooks(gateway, cl
         gateway.client(gateway.key("acme", ("infer",))).webhooks.list()
     fill(gateway.store, 1, "acme.support")
     held = gateway.client(gateway.store.create_key("acme", SCOPES, adapters=["support"])[1])
-    with pytest.raises(openai.PermissionDeniedError, match="held to some adapters"):
+    with pytest.raises(openai.PermissionDeniedError, match="restricted to some adapters"):
         held.webhooks.list()
 
 

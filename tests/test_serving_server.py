@@ -230,7 +230,7 @@ def test_a_replica_answers_no_call_that_means_another_backbone(served):
     own = backbone().digest
     (choice,) = asyncio.run(answer(served.replica, completion(max_tokens=4), backbone=own))
     assert choice.deltas[0].fingerprint.endswith(own)
-    with pytest.raises(UnavailableError, match="being replaced; ask again") as told:
+    with pytest.raises(UnavailableError, match="being replaced; try again") as told:
         asyncio.run(answer(served.replica, completion(max_tokens=4), backbone="sha256:another"))
     assert told.value.status == 503
 

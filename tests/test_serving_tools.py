@@ -204,7 +204,7 @@ def test_what_a_prompt_format_does_not_carry_is_refused_by_name(served):
         ({"model": "acme.plain"}, "messages", "leaves out tools"),
         ({"model": "stories260K"}, "messages", "leaves out tools"),
         ({"model": "acme.plain", "tools": openai.NOT_GIVEN, "messages": result}, "messages", "leaves out tool_calls"),
-        ({"model": "acme.other"}, "tools", "not known here"),
+        ({"model": "acme.other"}, "tools", "not supported here"),
         (
             {
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],

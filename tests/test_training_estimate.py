@@ -108,7 +108,7 @@ def test_what_the_job_would_refuse_is_refused_where_nothing_is_timed(tmp_path):
 
 
 def test_a_length_beyond_the_backbones_context_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"training.max_length: 4096 is more than the 512 tokens"):
+    with pytest.raises(ConfigError, match=r"training.max_length: 4096 exceeds the 512 tokens"):
         dry_run(spec_for(tmp_path, max_length=4096))
 
 

@@ -159,7 +159,7 @@ def test_a_combination_that_no_job_can_take_is_found(tmp_path):
         ({"scheduler": {"grace": 3}}, "scheduler.grace: unknown key; did you mean 'grace_steps'?"),
         ({"base": {"data": {"validation": 0}}}, "trials are compared by their loss on it"),
         ({"base": {"training": {"lr": -1}}}, "base.training.lr: expected"),
-        ({"base": {"training": {"eval_every": 0}}}, "scheduler.grace_steps: needed"),
+        ({"base": {"training": {"eval_every": 0}}}, "scheduler.grace_steps: required"),
     ],
 )
 def test_a_mistake_in_the_spec_is_told_with_its_key(tmp_path, changes, told):

@@ -66,7 +66,7 @@ def admit(key: str, settings: Settings, env: Mapping[str, str] = os.environ) -> 
     if ADMIN in record.scopes and not env.get("PEDRO_GATEWAY_URL"):
         return OPERATOR
     if record.adapters is not None:
-        raise AuthenticationError("This key is held to some adapters, and these pages are all of its tenant's.")
+        raise AuthenticationError("This key is restricted to some adapters, but these pages show the whole tenant.")
     if not {READ, TRAIN} & {*record.scopes}:
         raise AuthenticationError(f"This key may not look at jobs. `{MAKE_TENANT_KEY}` makes one that may.")
     return Reader(record.tenant, TRAIN in record.scopes)

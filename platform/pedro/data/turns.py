@@ -84,7 +84,7 @@ def _message(given: dict[str, Any], role: str, content: Any, where: str, at: str
     message: Message = {"role": role, "content": ""}
     if not blank(given.get("tool_calls")):
         if role != "assistant":
-            raise LineError(line, f"{where}.tool_calls", f"only an assistant calls tools, and this is {role}")
+            raise LineError(line, f"{where}.tool_calls", f"only assistants call tools, this is {role}")
         message["tool_calls"] = read_calls(given["tool_calls"], f"{where}.tool_calls", line)
     if content is not None or "tool_calls" not in message:
         message["content"] = _content(content, at, line)
@@ -93,7 +93,7 @@ def _message(given: dict[str, Any], role: str, content: Any, where: str, at: str
     if role == TOOL:
         message["tool_call_id"] = text_of(given.get("tool_call_id"), f"{where}.tool_call_id", line, needed=True)
     elif not blank(given.get("tool_call_id")):
-        raise LineError(line, f"{where}.tool_call_id", f"is of a tool's result, and this is {role}")
+        raise LineError(line, f"{where}.tool_call_id", f"is only for a tool's result, this is {role}")
     return message
 
 
