@@ -98,7 +98,7 @@ def test_a_dry_run_that_errs_takes_too_long_breaks_or_is_not_there_is_told_apart
     for runs, error, match in (
         (DryRuns(program(told), {}), PedroError, "no"),
         (DryRuns(program("time.sleep(600)"), {}, timeout_s=0.1), DeadlineError, "longer than 0.1 s"),
-        (DryRuns(program("sys.exit(3)"), {}), RuntimeError, "broke"),
+        (DryRuns(program("sys.exit(3)"), {}), RuntimeError, "a dry run failed"),
         (DryRuns((), {}), UnavailableError, "does not support dry runs"),
     ):
         with pytest.raises(error, match=match):

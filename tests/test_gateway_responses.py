@@ -209,7 +209,7 @@ BAD = [
     ({"use_beam_search": True}, "use_beam_search", "chat"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
     ({"tools": [{"type": "function"}]}, "tools[0].name", "name"),
-    ({"tools": [{**TOOL, "output_schema": {"type": "object"}}]}, "tools[0].output_schema", "unknown"),
+    ({"tools": [{**TOOL, "output_schema": {"type": "object"}}]}, "tools[0].output_schema", "not known"),
     ({"tools": [TOOL], "tool_choice": {"type": "file_search"}}, "tool_choice", "required"),
     ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "maybe"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "clock"}}, "tool_choice", "clock"),

@@ -185,8 +185,12 @@ LAST_USER = "{% for m in messages[1:] %}{{ messages[0].content if loop.last }} {
     [
         ({"peft_type": "PEDRO"}, STRANGERS, "<|im_start|>system: Be brief.<|im_end|><|im_start|>"),
         ({"peft_type": "LORA"}, LAST_USER, None),
-        ({"peft_type": "PEDRO"}, LAST_USER, "conditioning, conditioning: the adapter's prompt format, chat, writes no"),
-        ({"peft_type": "PEDRO", "apply_to": "answer"}, STRANGERS, "conditioning, conditioning: the adapter acts on"),
+        ({"peft_type": "PEDRO"}, LAST_USER, "conditioning, conditioning: the adapter's prompt format, chat, has no"),
+        (
+            {"peft_type": "PEDRO", "apply_to": "answer"},
+            STRANGERS,
+            "conditioning, conditioning: the adapter only acts on",
+        ),
     ],
 )
 def test_what_a_request_conditions_on_depends_on_the_adapter_and_its_template(

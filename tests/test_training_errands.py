@@ -159,7 +159,7 @@ def test_a_worker_that_asks_is_handed_the_present_champion_or_hears_why_not(home
     assert (handed.ref, handed.version, handed.problem) == ("acme.colours:1", 1, "")
     with handed.here() as directory:
         assert json.loads((directory / "pedro_adapter.json").read_text())["digest"] == made.digest
-    with pytest.raises(UnavailableError, match="did not tell the password"):
+    with pytest.raises(UnavailableError, match="did not return the password"):
         asked(errands, worker, "password")
     monkeypatch.setattr(Registry, "get", partial(away, "the database does not answer"))
     with pytest.raises(UnavailableError, match="the database does not answer"):

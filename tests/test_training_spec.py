@@ -116,10 +116,10 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        ("http://169.254.169.254/latest/meta-data", "http is no data scheme; download the file"),
-        ("file:///etc/passwd", "file is no data scheme"),
-        ("zip://rows.jsonl", "zip is no data scheme"),
-        ("github://org:repo@main/rows.jsonl", "github is no data scheme"),
+        ("http://169.254.169.254/latest/meta-data", "http is not a data scheme; download the file"),
+        ("file:///etc/passwd", "file is not a data scheme"),
+        ("zip://rows.jsonl", "zip is not a data scheme"),
+        ("github://org:repo@main/rows.jsonl", "github is not a data scheme"),
         ("simplecache::s3://bucket/rows.jsonl", "chains several URLs"),
         ("s3://bucket/rows.jsonl", "set PEDRO_DATA_SCHEMES=s3"),
         ("pedro://../../../../etc/passwd", "is outside the packaged data"),
@@ -203,7 +203,7 @@ def test_sweeps_and_comparisons_open_no_door_either(elsewhere, tmp_path):
             {**sweep, "base": {**SMALL, "data": {"train": str(elsewhere)}}},
             "base.data.train: .* lies out",
         ),
-        (load_sweep_spec, {**sweep, "base": {**SMALL, "data": {"train": "http://a/b"}}}, "http is no data scheme"),
+        (load_sweep_spec, {**sweep, "base": {**SMALL, "data": {"train": "http://a/b"}}}, "http is not a data scheme"),
         (
             load_sweep_spec,
             {**sweep, "space": {"data.train": {"grid": ["/etc/passwd"]}}},
