@@ -79,7 +79,7 @@ def test_a_checkpoint_that_was_kept_as_the_driver_was_killed_is_published_by_the
     (kept.parent / "checkpoint_9" / MADE).write_text('{"step"')
     ended(started(settings, Worker(), run, job))
     assert published(registry, job) == ([3], [3])
-    assert "the checkpoint of step 6 is no model" in capsys.readouterr().out
+    assert "the checkpoint of step 6 was not saved as a model" in capsys.readouterr().out
     assert (kept.parent / "checkpoint_3" / "adapter").is_dir(), "the run goes on from it"
     registry.retire("acme.colours", 1, actor="key:acme/key_1")
     ended(started(settings, Worker(), run, job))
