@@ -2,17 +2,20 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from training_runs import spec_for
 
 from pedro.backbone import load_model, resolve_backbone
 from pedro.errors import BackboneError
 from pedro.training import context
 from pedro.training.backbone_pieces import Piece, can_be_cut, fill
-from pedro.training.ds_config import deepspeed_config
+from pedro.training.ds_config import BUCKET, deepspeed_config
+from pedro.training.frozen_linear import ShardedLinear
 from pedro.training.memory import Sizes, training_memory
 
 WEIGHTS = "model.safetensors"
@@ -104,6 +107,19 @@ def test_stage_3_counts_a_share_of_the_backbone_and_the_one_tensor_that_is_whole
     assert "gathered" not in count(3, 0)
 
 
+def test_gradient_checkpointing_counts_one_block_whole_and_the_inputs_of_all():
+    sizes = Sizes(hidden_size=8, num_layers=2, vocab_size=100, largest=300, block=500)
+
+    def count(**more):
+        return training_memory(sizes, frozen=1001, trainable=10, workers=2, zero_stage=3, **{**SIZES, **more})
+
+    kept, repeated = count(), count(gradient_checkpointing=True)
+    assert (kept["gathered"], repeated["gathered"]) == (4 * 300, 4 * 500)
+    logits = 2 * 2 * 4 * 100
+    assert kept["activations"] - logits == 10 * 8 * 4 * 2 * 17
+    assert repeated["activations"] - logits == 10 * 8 * 4 * (2 + 17)
+
+
 @pytest.mark.parametrize(
     ("method", "resources", "precision", "engine"),
     [
@@ -124,3 +140,50 @@ def test_on_a_cpu_no_tensor_is_whole_for_longer_than_it_is_used():
     common = {"slice_rows": 1, "accumulation": 1, "world": 2, "zero_stage": 3, "clip": 1.0, "bf16_masters": False}
     assert deepspeed_config(**common)["zero_optimization"]["stage3_max_reuse_distance"] == 0
     assert "stage3_max_reuse_distance" not in deepspeed_config(**common, on_gpu=True)["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "bucket"), [([30, 10], 40), ([10**7] * 9, BUCKET), ([10**8, 1], 10**8)], ids=["small", "many", "large"]
+)
+def test_what_is_set_aside_for_gradients_is_as_much_as_there_are(trained, bucket):
+    common = {"slice_rows": 1, "accumulation": 1, "world": 2, "clip": 1.0, "bf16_masters": False}
+    for stage in (1, 2, 3):
+        made = deepspeed_config(**common, zero_stage=stage, trained=trained)
+        assert made["zero_optimization"]["reduce_bucket_size"] == bucket
+
+
+class Shard(torch.nn.Parameter):
+    """A parameter as DeepSpeed's ZeRO-3 has it: whole only between `all_gather` and `partition`."""
+
+    def __new__(cls, numbers, requires_grad):
+        made = super().__new__(cls, numbers.clone(), requires_grad=requires_grad)
+        made.ds_id, made.numbers, made.ds_status = 0, numbers, SimpleNamespace(name="AVAILABLE")
+        return made
+
+    def all_gather(self):
+        self.data, self.ds_status.name = self.numbers.clone(), "AVAILABLE"
+
+    def partition(self):
+        self.data, self.ds_status.name = torch.empty(0), "NOT_AVAILABLE"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_frozen_sharded_linear_layer_keeps_nothing_and_gives_the_same_gradient(trained):
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5)
+    weight = Shard(torch.randn(5, 4), requires_grad=trained)
+    plain, kept = functional.linear, []
+    plain(x, weight.numbers, bias).square().sum().backward()
+    wanted, x.grad = x.grad, None
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        made = ShardedLinear(plain)(x, weight, bias)
+    if trained:
+        assert kept
+        made.square().sum().backward()
+        assert weight.grad is not None
+        return
+    assert not kept
+    weight.partition()  # as after the forward pass
+    made.square().sum().backward()
+    assert torch.equal(x.grad, wanted)
+    assert weight.ds_status.name == "NOT_AVAILABLE", "it was gathered for the backward pass alone"

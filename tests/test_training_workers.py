@@ -12,6 +12,8 @@ STAGES = (0, 1, 2, 3)
 TRAINING = {"clip": 0.5, "eval_every": 2}
 BF16 = {"precision": "bf16", "lr": 1e-3, "max_steps": 2}
 PAIRS = {**TRAINING, "gradient_accumulation": 2, "max_steps": 4}
+AGAIN = {"gradient_checkpointing": True, "max_steps": 4}
+REPEATED = ("pedro", "lora", "ia3")
 WORLDS = (2, 1)
 
 
@@ -39,6 +41,11 @@ def trained(tmp_path_factory):
                 trainings.append(Training(f"cut{stage}", tree, cut_at=4))
                 preferences = dpo_spec_for(folder, resources={"workers": world, "zero_stage": stage}, **PAIRS)
                 trainings.append(Training(f"dpo{stage}", preferences.to_dict()))
+                if stage in (0, 3):
+                    trainings += [
+                        Training(f"{method} again, {stage}", _spec(folder, world, stage, method, **AGAIN))
+                        for method in REPEATED
+                    ]
             else:
                 trainings += [
                     Training(f"{method} in bf16, {stage}", _spec(folder, world, stage, method, **BF16))
@@ -94,6 +101,20 @@ def test_workers_learn_preferences_as_one_does(trained, tmp_path):
         assert (result["metrics"]["loss"], result["tokens"]) == (
             pytest.approx(outcome.validation_loss, rel=1e-3), outcome.all_tokens,
         ), stage  # fmt: skip
+
+
+@pytest.mark.parametrize("method", REPEATED)
+def test_blocks_that_are_computed_twice_are_invisible_in_the_result(trained, tmp_path, method):
+    results = trained(2)
+    context = context_for(
+        spec_for(tmp_path, method, **{**TRAINING, **AGAIN, "gradient_checkpointing": False}), tmp_path
+    )
+    outcome = run(context, tmp_path / "run")
+    wanted, values = [loss for _, loss in outcome.validations], parameters(context).items()
+    for stage in (0, 3):
+        result = results[f"{method} again, {stage}"]
+        assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-5), stage
+        assert max((torch.tensor(result["values"][name]) - value).abs().max() for name, value in values) < 5e-5, stage
 
 
 @pytest.mark.parametrize("method", ["pedro", "full"])

@@ -128,7 +128,8 @@ BENCHMARKS = {
     "sharding": _entry(
         "sharding",
         "two workers on 300 M parameters: peak memory of ZeRO 0 and 3 beside what the dry run promises",
-        *("stage", "method", "peak_mb", "promised_mb", "off", "ratio", "step_s", "loss"),
+        *("stage", "method", "peak_mb", "promised_mb", "off", "ratio"),
+        *("both_mb", "process_mb", "step_s", "loss"),
     ),
     "scaling": _entry(
         "scaling",

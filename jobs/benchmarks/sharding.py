@@ -1,7 +1,9 @@
 """What ZeRO-3 saves: two workers train on 300 M random parameters with stage 0 and with stage 3.
 
-Counted is the most memory that loading, steps, a validation, a checkpoint and the saving take a worker beside its
-libraries, and set beside what the dry run promises for its tensors.
+Both stages have the same batch and gradient checkpointing. Counted is the most memory that loading, steps, a
+validation, a checkpoint and the saving take a worker beside its libraries; beside it stands what the dry run promises
+for its tensors. Pages of the backbone's files, which workers of one machine share where they map them,
+are part of a worker's peak, as they would be on a machine of its own; `both_mb` shares them out.
 """
 
 from __future__ import annotations
@@ -36,8 +38,11 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         "batch": load.batch,
         "steps": load.steps,
         "method": "pedro",
+        "training": {"gradient_checkpointing": True},
     }
-    report = BenchmarkReport("sharding", {"backbone": size.title, "workers": WORKERS, **vars(load)})
+    report = BenchmarkReport(
+        "sharding", {"backbone": size.title, "workers": WORKERS, **vars(load), **setup["training"]}
+    )
     for stage in STAGES:
         found = measure({**setup, "resources": {"workers": WORKERS, "zero_stage": stage}}, log)
         report.rows.append({"stage": stage, "method": setup["method"], **found})
@@ -50,14 +55,15 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     return report
 
 
-def measure(setup: dict[str, Any], log: Log) -> dict[str, float]:
+def measure(setup: dict[str, Any], log: Log) -> dict[str, Any]:
     """The peak of the worker that took most, in MB, beside the dry run's promise."""
     from jobs.benchmarks.workers.train import spec_of
     from pedro.training.estimate import dry_run
 
-    spec = spec_of(setup, setup["method"])
-    spec = spec.model_validate({**spec.to_dict(), "resources": setup["resources"]})
-    promised = sum(dry_run(spec, calibrated=False).memory_bytes.values()) / 1e6
+    plain = spec_of(setup, setup["method"])
+    training = {**plain.training.to_dict(), **setup["training"]}
+    spec = plain.model_validate({**plain.to_dict(), "resources": setup["resources"], "training": training})
+    parts = dry_run(spec, calibrated=False).memory_bytes
     with tempfile.TemporaryDirectory() as folder, EnginePool(log) as pool:
         names = [f"train-group-{rank}" for rank in range(WORKERS)]
         for rank, name in enumerate(names):
@@ -66,13 +72,22 @@ def measure(setup: dict[str, Any], log: Log) -> dict[str, float]:
         for name in names:
             pool.send(name, {})
         found = [pool.receive(name) for name in names]
-    peak = max(one["peak"] for one in found) / 1e6
-    log(f"  {setup['resources']}: peak {peak:,.0f} MB, promised {promised:,.0f}, {found[0]}")
+    peak, promised = max(one["peak"] for one in found), sum(parts.values())
+    log(f"  {setup['resources']}: peak {peak / 1e6:,.0f} MB, promised {promised / 1e6:,.0f}, {found}")
     return {
-        "peak_mb": round(peak, 1),
-        "loaded_mb": round(max(one["loaded"] for one in found) / 1e6, 1),
-        "promised_mb": round(promised, 1),
+        "peak_mb": _mb(peak),
+        "peaks_mb": [_mb(one["peak"]) for one in found],
+        "of_files_mb": [_mb(one["mapped"]) for one in found],
+        "both_mb": _mb(sum(one["fair"] for one in found)),
+        "process_mb": _mb(max(one["process"] for one in found)),
+        "loaded_mb": _mb(max(one["loaded"] for one in found)),
+        "promised_mb": _mb(promised),
+        "promised_parts_mb": {name: _mb(size) for name, size in parts.items()},
         "off": round(promised / peak - 1, 4),
         "step_s": round(max(one["step_s"] for one in found), 3),
         "loss": round(found[0]["loss"], 5),
     }
+
+
+def _mb(size: float) -> float:
+    return round(size / 1e6, 1)

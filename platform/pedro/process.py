@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ROLLUP = Path("/proc/self/smaps_rollup")
 M_MMAP_THRESHOLD = -3  # malloc.h
 MEMORY_UNITS = {
     "": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
@@ -57,10 +58,11 @@ def release_freed_memory() -> None:
         trim(0)
 
 
-def return_freed_memory_at_once(least: int = 2**20) -> None:
+def return_freed_memory_at_once(least: int = 2**16) -> None:
     """Have blocks of at least so many bytes given back as soon as they are freed (glibc; else nothing).
 
-    By itself glibc keeps more and more for its own, the larger the blocks are that it sees freed.
+    By itself glibc keeps more and more for its own, the larger the blocks are that it sees freed; what is smaller lies
+    between blocks that are in use, and stays the process's.
     """
     import ctypes
 
@@ -82,6 +84,16 @@ def peak_memory() -> int:
 def resident_memory() -> int:
     """Bytes that this process has resident; 0 where the system does not tell."""
     return _status("VmRSS") or 0
+
+
+def mapped_memory() -> int:
+    """Bytes of files that are resident in this process's mappings, which others that map them share."""
+    return _status("RssFile") or 0
+
+
+def proportional_memory() -> int:
+    """Bytes resident, shared ones divided by those who share them (Linux: Pss, proc(5)); 0 where that is not told."""
+    return _status("Pss", ROLLUP) or 0
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
@@ -116,9 +128,9 @@ def parse_memory(text: str) -> int | float:
     raise ValueError(f"expected a size like 4GiB, or a share of free memory like 0.4, got {text!r}")
 
 
-def _status(name: str) -> int | None:
+def _status(name: str, file: Path = STATUS) -> int | None:
     try:
-        lines = STATUS.read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

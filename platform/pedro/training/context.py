@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PrefixTuningConfig
 from torch import nn
 
 from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, resolve_backbone
@@ -137,6 +138,17 @@ def check_reference(spec: FineTuneSpec, model: nn.Module) -> None:
         )
 
 
+def check_repeatable(spec: FineTuneSpec, model: nn.Module) -> None:
+    """Raise ConfigError where gradient checkpointing would lose what a method hands to blocks."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if spec.training.gradient_checkpointing and isinstance(config, PrefixTuningConfig):
+        raise ConfigError(
+            f"training.gradient_checkpointing: {spec.method.name} keeps its prefix in the KV cache, which blocks that "
+            "are computed twice do not have; leave it false, and save memory by training.gradient_accumulation",
+            param="training.gradient_checkpointing",
+        )
+
+
 def torch_engine(spec: FineTuneSpec) -> MakeEngine:
     """Plain torch, for one worker."""
     if spec.resources.workers > 1 or spec.resources.zero_stage:
@@ -168,17 +180,17 @@ def needs_deepspeed(spec: FineTuneSpec) -> bool:
 
 def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
     """DeepSpeed over the current process group."""
-    config = _deepspeed_config(spec)
 
     def make(model: nn.Module, optimizer: GroupedAdamW, parameters: Named) -> StepEngine:
         from pedro.training.ds_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, optimizer, parameters, config)
+        trained = [getattr(p, "ds_numel", p.numel()) for _, p in parameters]
+        return DeepSpeedEngine(model, optimizer, parameters, _deepspeed_config(spec, trained))
 
     return make
 
 
-def _deepspeed_config(spec: FineTuneSpec) -> dict[str, Any]:
+def _deepspeed_config(spec: FineTuneSpec, trained: Sequence[int] = ()) -> dict[str, Any]:
     from pedro.training.ds_config import deepspeed_config
 
     training, resources = spec.training, spec.resources
@@ -190,6 +202,7 @@ def _deepspeed_config(spec: FineTuneSpec) -> dict[str, Any]:
         clip=training.clip,
         bf16_masters=_trains_in_bf16(spec),
         on_gpu=device_of(spec) == "cuda",
+        trained=trained,
     )
 
 
@@ -236,6 +249,7 @@ def _adapt(
     method, head_end = get_method(spec.method.name), prepared.format.head_end
     torch.manual_seed(spec.training.seed)
     adapted: Any = method.apply(model, spec.method.options | ({"head_end": list(head_end)} if head_end else {}))
+    check_repeatable(spec, adapted)
     if spec.training.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     check_reference(spec, adapted)

@@ -7,7 +7,12 @@ backbone itself, uses DeepSpeed's bf16 with float32 masters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+BUCKET = (
+    25_000_000  # gradients that workers sum at once, at most; DeepSpeed's own 500 million are set aside whole on a GPU
+)
 
 
 def deepspeed_config(
@@ -19,11 +24,13 @@ def deepspeed_config(
     clip: float,
     bf16_masters: bool,
     on_gpu: bool = False,
+    trained: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     slice_rows: nominal rows of one worker's slice; only used by DeepSpeed's throughput numbers.
     bf16_masters: the trained parameters are bf16 (method `full` with precision bf16).
+    trained: the sizes of the tensors that are trained, where they are known.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": slice_rows,
@@ -37,6 +44,8 @@ def deepspeed_config(
     stage = max(zero_stage, 1) if bf16_masters else zero_stage
     if stage:
         config["zero_optimization"] = {"stage": stage, "overlap_comm": False}
+        if trained:
+            config["zero_optimization"]["reduce_bucket_size"] = max(*trained, min(sum(trained), BUCKET))
     if stage == 3:
         # Small adapter parameters are partitioned like the rest: one rule for saving, whatever their size.
         config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "round_robin_gradients": False}

@@ -23,6 +23,7 @@ from torch import nn
 from pedro.methods.output_head import logits_at
 from pedro.training.backbone_pieces import Piece
 from pedro.training.engines import adapter_off
+from pedro.training.frozen_linear import use_frozen_linear
 
 if TYPE_CHECKING:
     from pedro.methods.training_hook import TrainingHook
@@ -40,6 +41,8 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=config, dist_init_required=False
             )
+        if self._stage == 3:
+            use_frozen_linear()
         self._deepspeed = deepspeed
         self.model, self.optimizer, self.parameters = model, optimizer, parameters
         self.hook: TrainingHook | None = None

@@ -19,6 +19,8 @@ from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pedro.training.spec import FineTuneSpec
 
 # Measured with Ray 2 jobs of stories260K and pedro-nano, whose tensors take 2 and 10 MB: seconds besides training and
@@ -110,12 +112,13 @@ def _estimate(
 ) -> DryRun:
     from pedro.methods.registry import count_parameters, get_method
     from pedro.training.backbone_pieces import can_be_cut
-    from pedro.training.context import check_reference, make_optimizer, needs_deepspeed
+    from pedro.training.context import check_reference, check_repeatable, make_optimizer, needs_deepspeed
 
     model = _shapes(spec, backbone)
     method = get_method(spec.method.name)
     omega, theta = method.parameter_groups(model)
     check_reference(spec, model)
+    check_repeatable(spec, model)
     make_optimizer(spec, method, omega, theta)  # raises the job's errors
     counts = count_parameters(model)
     frozen = counts["total"] - counts["trainable"]
@@ -162,7 +165,8 @@ def _estimate(
     if split == "test" and scored is not None:
         rows["test"] = len(scored)
     largest = max(p.numel() for p in model.parameters()) if in_pieces else 0
-    sizes = Sizes(model.config.hidden_size, model.config.num_hidden_layers, model.config.vocab_size, largest)
+    shape = model.config
+    sizes = Sizes(shape.hidden_size, shape.num_hidden_layers, shape.vocab_size, largest, _block(model))
     memory = _memory(spec, sizes, frozen, counts["trainable"], plan.batch_size, longest, longest_answer)
     measured = isinstance(found, Calibration) and found.activation_bytes is not None
     if isinstance(found, Calibration) and found.activation_bytes is not None:
@@ -217,6 +221,14 @@ def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
         return get_method(spec.method.name).apply(model, spec.method.options)
+
+
+def _block(model: nn.Module) -> int:
+    """Parameters of the largest block, what an adapter has in it included."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
 
 
 def _memory(
