@@ -63,6 +63,16 @@ def test_the_table_of_speeds_is_what_the_benchmark_measured():
         assert plain(row)[1:] == [f"{decoding:,.0f} ({whole:,.0f})" for decoding, whole in cells]
 
 
+def test_the_memory_of_sharded_training_is_what_was_measured():
+    measured = json.loads((RESULTS / "sharding.json").read_text())["rows"]
+    for cells, row in zip(table(PAGE, "## Sharded training"), measured, strict=True):
+        ratio = f" ({row['ratio']:.2f})" if "ratio" in row else ""
+        sizes = [f"{row[name]:,.0f}" for name in ("peak_mb", "process_mb", "both_mb", "promised_mb")]
+        sizes[0] += ratio
+        sizes[3] += f" ({row['off']:+.0%})"
+        assert plain(cells) == [str(row["stage"]), *sizes, f"{row['step_s']:.1f}"]
+
+
 @pytest.mark.parametrize(("name", "targets", "decimals", "which"), SAID, ids=[f"{row[0]}: {row[1]}" for row in SAID])
 def test_the_promises_say_what_the_benchmarks_measured(name, targets, decimals, which):
     held = json.loads((RESULTS / f"{name}.json").read_text())["targets"]

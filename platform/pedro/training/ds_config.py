@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-BUCKET = (
-    25_000_000  # gradients that workers sum at once, at most; DeepSpeed's own 500 million are set aside whole on a GPU
-)
+BUCKET = 25_000_000  # most gradients that workers sum at once; DeepSpeed sets aside 500 million, on a GPU all at once
 
 
 def deepspeed_config(
