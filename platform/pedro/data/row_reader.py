@@ -212,8 +212,10 @@ def _one_by_one(batch: Any) -> Iterator[Row | Callable[[int], LineError]]:
         row = batch.slice(index, 1)
         if row.nbytes > MAX_LINE_BYTES:
             yield partial(_too_long, size=row.nbytes)
+        elif read := _whole(row):
+            yield read[0]
         else:
-            yield (_whole(row) or [partial(_unreadable, row=row)])[0]
+            yield partial(_unreadable, row=row)
 
 
 def _unreadable(number: int, row: Any) -> LineError:
