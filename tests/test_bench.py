@@ -26,7 +26,9 @@ from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
+from jobs.benchmarks.training import Load, setup_of
 from jobs.benchmarks.workers.prefix import Prefix
+from jobs.benchmarks.workers.train_quantised import QuantisedTrainer
 
 RESULTS = Path(__file__).parents[1] / "jobs" / "results"
 ROW_KEYS = {"engine", "adapters", "model", "batch", "tenants", "tok_s", "decode_tok_s", "ttft_ms"}
@@ -412,3 +414,16 @@ def test_promises_of_a_dry_run_stand_beside_what_the_job_took():
     assert [target.met for target in report.targets] == [True, False, True]
     assert any("promised 900.0, measured 1,000.0 (-10%)" in line for line in said)
     assert dry_run._spec("pedro", "stories260K", 20).training.eval_every == 5
+
+
+def test_a_backbone_in_4_bit_is_trained_over_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    load = Load(4, 2, 1, 4)
+    setup = {**setup_of("stories260K", load), "threads": 1, "batch": load.batch, "steps": load.steps, "method": "pedro"}
+    whole, held = (
+        QuantisedTrainer({**setup, "training": training}).run({}) for training in ({}, {"backbone_dtype": "nf4"})
+    )
+    assert whole["weights"] == 4 * 260_032
+    assert held["weights"] < 0.4 * whole["weights"]
+    assert held["loss"] == pytest.approx(whole["loss"], rel=0.2)
+    assert held["loss"] != whole["loss"]

@@ -27,6 +27,8 @@ from pedro.data.general_text import FILE, WINDOW, windows
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.methods.registry import get_method
+from pedro.training.quantised_load import load_quantised
+from pedro.training.spec import TrainingSpec
 
 HIRA = {"peft_type": "HIRA", "label": "HiRA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 FORGOT = {"loss_before": 2.0, "loss": 2.5, "tokens": 64}
@@ -94,6 +96,14 @@ def test_a_fresh_adapter_forgot_nothing_and_a_changed_one_what_a_plain_loop_says
     assert changed["loss_before"] == before.loss
     assert changed["loss"] != before.loss
     assert changed["loss"] == pytest.approx(slowly(model, meter.tokenizer, 300), abs=1e-4)
+
+
+def test_what_a_backbone_in_4_bit_forgot_is_measured_from_itself():
+    meter = meter_of()
+    training = TrainingSpec(backbone_dtype="nf4")
+    before = meter.bare(training, "cpu")
+    assert before.loss == meter.measure(load_quantised(meter.backbone, "float32", "nf4", "cpu")).loss
+    assert before.loss != meter.bare(TrainingSpec(), "cpu").loss == meter.measure(load_model(meter.backbone)).loss
 
 
 def test_nothing_that_is_predicted_conditions_the_vectors():

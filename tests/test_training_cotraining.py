@@ -99,6 +99,13 @@ def test_each_adapter_is_that_of_its_lone_run(tmp_path, method):
         assert_close(ends[number], alone(spec, tmp_path))
 
 
+def test_each_adapter_is_that_of_its_lone_run_over_a_backbone_in_4_bit(tmp_path):
+    specs = [shared(tmp_path, number, max_steps=2, backbone_dtype="nf4") for number in range(2)]
+    _, ends = together(specs, tmp_path)
+    for number, spec in enumerate(specs):
+        assert_close(ends[number], alone(spec, tmp_path))
+
+
 @pytest.mark.parametrize("method", ["pedro", "lora", "ia3"])
 def test_jobs_may_differ_in_all_that_is_not_backbone_or_method(tmp_path, method):
     """Batches of other sizes, slices, other steps, one level and two, more or fewer validations."""

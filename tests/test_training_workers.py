@@ -14,6 +14,7 @@ BF16 = {"precision": "bf16", "lr": 1e-3, "max_steps": 2}
 PAIRS = {**TRAINING, "gradient_accumulation": 2, "max_steps": 4}
 AGAIN = {"gradient_checkpointing": True, "max_steps": 4}
 REPEATED = ("pedro", "lora", "ia3")
+SHORT = {"max_steps": 2}
 WORLDS = (2, 1)
 
 
@@ -37,6 +38,8 @@ def trained(tmp_path_factory):
         for stage in STAGES:
             tree = _spec(folder, world, stage)
             trainings.append(Training(f"whole{stage}", tree))
+            if stage < 3:
+                trainings.append(Training(f"nf4 {stage}", _spec(folder, world, stage, backbone_dtype="nf4", **SHORT)))
             if world == 2:
                 trainings.append(Training(f"cut{stage}", tree, cut_at=4))
                 preferences = dpo_spec_for(folder, resources={"workers": world, "zero_stage": stage}, **PAIRS)
@@ -78,6 +81,16 @@ def test_workers_and_zero_stages_are_invisible_in_the_result(trained, reference,
         assert (result["metrics"]["rows"], result["metrics"]["accuracy"]) == (first["rows"], first["accuracy"]), stage
         assert result["trainable"] == 21_320
         assert result["digest"].startswith("sha256:"), stage
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_workers_and_stages_train_over_a_backbone_in_4_bit_as_plain_torch_does(trained, world, tmp_path):
+    context = context_for(spec_for(tmp_path, backbone_dtype="nf4", **TRAINING, **SHORT), tmp_path)
+    wanted = [loss for _, loss in run(context, tmp_path / "run").validations]
+    results = trained(world)
+    for stage in STAGES[:3]:
+        result = results[f"nf4 {stage}"]
+        assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-5), stage
 
 
 def test_an_interrupted_group_ends_with_the_same_bits(trained):

@@ -131,6 +131,11 @@ BENCHMARKS = {
         *("stage", "method", "peak_mb", "promised_mb", "off", "ratio"),
         *("both_mb", "process_mb", "step_s", "loss"),
     ),
+    "quantised": _entry(
+        "quantised",
+        "fine-tuning over a backbone in float32, bfloat16, int8 and nf4: time of a step, memory, loss",
+        *("backbone", "method", "weights", "weights_mb", "loaded_mb", "peak_mb", "step_ms", "step_ratio", "loss"),
+    ),
     "scaling": _entry(
         "scaling",
         "a thousand replicas and a million tenants, simulated with the router's placement from what scaleout measured",

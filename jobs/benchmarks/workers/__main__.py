@@ -25,6 +25,7 @@ KINDS = {
     "train-packing": ("jobs.benchmarks.workers.train_packing", "BothWays"),
     "train-together": ("jobs.benchmarks.workers.train_together", "Together"),
     "train-group": ("jobs.benchmarks.workers.train_group", "GroupWorker"),
+    "train-quantised": ("jobs.benchmarks.workers.train_quantised", "QuantisedTrainer"),
     "replica": ("jobs.benchmarks.workers.replica", "Replica"),
     "roofline": ("jobs.benchmarks.workers.roofline", "Roofline"),
     "prefix": ("jobs.benchmarks.workers.prefix", "Prefix"),

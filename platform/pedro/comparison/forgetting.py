@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pedro.backbone import Backbone, context_length, load_model, load_tokenizer
+from pedro.backbone import Backbone, context_length, load_tokenizer
 from pedro.comparison.data import has_chat_template
 from pedro.comparison.untrained import candidates, prompt_of
 from pedro.comparison.untrained_run import QuestionEncoder
@@ -18,6 +18,7 @@ from pedro.data.general_text import windows
 from pedro.errors import PedroError
 from pedro.evaluation.metrics import score_answers
 from pedro.evaluation.scoring import answer_logprobs, answer_loss
+from pedro.training.context import load_frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pedro.comparison.measures import ForgettingSpec
     from pedro.data.tasks import Task, TaskRow
     from pedro.model_protocols import Tokenizer
+    from pedro.training.spec import TrainingSpec
 
 BATCH_SIZE = 4  # windows or labels at once: little memory, whatever the vocabulary
 
@@ -49,11 +51,13 @@ class AbilityMeter:
         self.context = context_length(backbone)
         self._windows = windows(self.tokenizer, asked.tokens, self.context)
 
-    def bare(self, dtype: str, device: str) -> GeneralAbility:
-        """The backbone's own, measured once a process. Its memory is given back before training needs it."""
-        key = (self.backbone.id, self.backbone.digest, self.asked.model_dump_json(), dtype, device)
+    def bare(self, training: TrainingSpec, device: str) -> GeneralAbility:
+        """The backbone's own, as the run has it, measured once a process. Its memory is given back before training
+        needs it."""
+        held = f"{training.precision} {training.backbone_dtype}"
+        key = (self.backbone.id, self.backbone.digest, self.asked.model_dump_json(), held, device)
         if key not in _BARE:
-            _BARE[key] = self.measure(load_model(self.backbone, dtype, device))
+            _BARE[key] = self.measure(load_frozen(self.backbone, training, device))
         return _BARE[key]
 
     def measure(self, model: nn.Module) -> GeneralAbility:

@@ -138,7 +138,8 @@ def _train_config(run: RunResult) -> dict[str, Any]:
     theirs = ("lr", "weight_decay", "clip", "batch_size", "eval_every", "max_length", "precision", "seed")
     return {
         "model_id": run.backbone,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}.get(str(training.get("precision")), "float32"),
+        "dtype": training.get("backbone_dtype")
+        or {"fp32": "float32", "bf16": "bfloat16"}.get(str(training.get("precision")), "float32"),
         "max_seq_length": training.get("max_length"),
         "batch_size": training.get("batch_size"),
         "max_steps": run.steps,

@@ -20,7 +20,7 @@ from pedro.evaluation.metrics import ELSEWHERE, score_answers
 from pedro.evaluation.scoring import generate, majority
 from pedro.process import peak_memory, reset_peak_memory
 from pedro.provenance import provenance
-from pedro.training.context import DTYPES, TrainingContext, build_context
+from pedro.training.context import TrainingContext, build_context
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
 
@@ -76,9 +76,10 @@ def execute_run(
     curves = CurveRecorder()
     try:
         meter = _meter(plan, data)
-        before = meter.bare(DTYPES[plan.training["precision"]], _device(resources)) if meter else None
+        job = _job(plan, data, resources)
+        before = meter.bare(job.training, _device(resources)) if meter else None
         _reset_peak()
-        context = build_context(_job(plan, data, resources), cache)
+        context = build_context(job, cache)
         outcome = train(context.engine, context.alternation, context.plan, context.data, curves)
         context.model.eval()
         started = time.monotonic()

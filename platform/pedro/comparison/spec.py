@@ -18,6 +18,7 @@ from pedro.comparison.untrained import Untrained
 from pedro.config import Frozen, check_name, mistakes
 from pedro.data.tasks import TASKS, TEMPLATE, get_task
 from pedro.errors import ConfigError
+from pedro.training.quantised_check import must_be_whole
 from pedro.training.spec import TrainingSpec
 
 DATA_VARIABLE = "PEDRO_TASK_DATA"
@@ -248,6 +249,10 @@ class ComparisonSpec(Frozen):
         for method in self.methods:
             for task in self.tasks:
                 evaluations = _checked(partial(self.choice_of, method, task)).evaluations
+                training = self.training_of(method, task, None)
+                kind = training.backbone_dtype if method.name != BACKBONE else None
+                if kind and (why := must_be_whole(kind, method.name, method.options)):
+                    raise ValueError(f"methods.{label_of(method)}: training.backbone_dtype: {why}")
                 if method.name == BACKBONE:
                     scored = [get_task(other.task, other.wording) for other in evaluations]
                     Untrained.of(method.options).check(task.task, scored)

@@ -121,8 +121,11 @@ def trains_backbone(model: nn.Module) -> bool:
 
 def _left_behind(module: nn.Module) -> bool:
     """Whether a module of a backbone is an adapter's, or would call one."""
+    from pedro.quantised_linear import QuantisedProjection
+
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    origins = [type(module).__module__, *(getattr(getattr(h, "func", h), "__module__", "") for h in hooks)]
+    own = "" if isinstance(module, QuantisedProjection) else type(module).__module__
+    origins = [own, *(getattr(getattr(h, "func", h), "__module__", "") for h in hooks)]
     return any(name.startswith(("peft.", "pedro.")) for name in origins) or "forward" in vars(module)
 
 

@@ -126,7 +126,8 @@ class DeltaTuner(BlockTuner):
 
 def inputs_of(module: nn.Module) -> int:
     """How many inputs a linear has."""
-    return _oriented(module).shape[1]
+    inputs: int = getattr(module, "in_features" if hasattr(module, "in_features") else "nx")  # transformers' Conv1D
+    return inputs
 
 
 def _oriented(module: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ option) may be anywhere on this host. The same rules apply to a backbone's direc
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from pedro.config import DATA_SCHEMES, Settings
@@ -98,3 +98,13 @@ def _roots(settings: Settings, folders: Collection[Path]) -> list[Path]:
 def _beneath(location: str, root: Path) -> bool:
     """Whether a file is in a folder, after resolving links."""
     return Path(location).resolve().is_relative_to(root.resolve())
+
+
+def typed_fields(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
+    """Those of the fields that an override (`key=value`) gives, alone, with others or in part."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return {
+        field
+        for field in fields
+        if any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in keys)
+    }

@@ -45,7 +45,7 @@ class Calibration:
     """Rows of a timed step; if fewer than in a batch, `per_step` is scaled up."""
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913
     spec: FineTuneSpec,
     cache: Path,
     batch_size: int,
@@ -55,12 +55,14 @@ def calibrate(
     row_s: float,
     bound_s: float = BOUND_S,
     in_pieces: bool = False,
+    held: int | None = None,
 ) -> Calibration | str:
     """Measure, or return why that is impossible.
 
     Here the backbone is loaded whole; `in_pieces` says that the job's workers do not, so its memory is not counted for
-    them. `parameters` is the size of the model with its adapter, `trained` how many are trained; `row_s` is an estimate
-    of a row's share of a step, by which batches that would take too long are reduced.
+    them. `parameters` is the size of the model with its adapter, `trained` how many are trained; `held` is the size in
+    bytes of a backbone that is loaded in 8 or 4 bit; `row_s` is an estimate of a row's share of a step, by which
+    batches that would take too long are reduced.
     """
     import torch
 
@@ -71,7 +73,8 @@ def calibrate(
         return "there is no GPU here"
     if not on_gpu and parameters > MOST_PARAMETERS:
         return f"{parameters / 1e9:.1f} billion parameters are too many to time on a CPU"
-    needed = int(LOADING * parameters * BYTES[spec.training.precision]) + TRAINED_BYTES * trained
+    weights = parameters * BYTES[spec.training.precision] if held is None else held
+    needed = int(LOADING * weights) + TRAINED_BYTES * trained
     free = available_memory()
     if free is not None and needed > ROOM * free:
         return f"it needs {needed / 1e9:.1f} GB, more than the {free / 1e9:.1f} GB that are free here"

@@ -22,6 +22,7 @@ from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
 from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, Tell, make_training_plan, prepare_data, sample
+from pedro.training.quantised_load import load_quantised
 from pedro.training.worker_group import ALONE, WorkerGroup
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from pedro.methods.method import Method
     from pedro.model_protocols import Tokenizer
-    from pedro.training.spec import FineTuneSpec
+    from pedro.training.spec import FineTuneSpec, TrainingSpec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MakeEngine = Callable[[nn.Module, GroupedAdamW, Named], StepEngine]
@@ -216,6 +217,12 @@ def device_of(spec: FineTuneSpec) -> str:
     return "cuda" if torch.cuda.is_available() and spec.resources.gpus_per_worker else "cpu"
 
 
+def load_frozen(backbone: Backbone, training: TrainingSpec, device: str) -> nn.Module:
+    """The backbone as a job trains over it: in its precision, its projections in fewer bits where it says so."""
+    dtype, kind = DTYPES[training.precision], training.backbone_dtype
+    return load_quantised(backbone, dtype, kind, device) if kind else load_model(backbone, dtype, device)
+
+
 def _prepare(spec: FineTuneSpec, cache: Path, tell: Tell) -> tuple[Backbone, Tokenizer, PreparedData]:
     backbone = resolve_backbone(spec.backbone)
     tokenizer = load_tokenizer(backbone)
@@ -233,7 +240,7 @@ def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -
     """The frozen backbone; with ZeRO-3 only this worker's share, if the files can be read in pieces."""
     dtype, device = DTYPES[spec.training.precision], device_of(spec)
     if spec.resources.zero_stage < 3 or not group.together(lambda: can_be_cut(backbone)):
-        return group.together(lambda: load_model(backbone, dtype, device))
+        return group.together(lambda: load_frozen(backbone, spec.training, device))
     from pedro.training.ds_engine import partitioning, pieces
 
     return_freed_memory_at_once()  # otherwise memory of whole tensors would stay allocated

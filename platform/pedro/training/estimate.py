@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.refs import ModelRef
 from pedro.training.calibrate import BOUND_S, Calibration, calibrate
-from pedro.training.memory import Sizes, training_memory
+from pedro.training.memory import BYTES, Footprint, Sizes, training_memory
 from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
@@ -114,7 +114,7 @@ def _estimate(
     from pedro.training.backbone_pieces import can_be_cut
     from pedro.training.context import check_reference, check_repeatable, make_optimizer, needs_deepspeed
 
-    model = _shapes(spec, backbone)
+    model, held = _shapes(spec, backbone)
     method = get_method(spec.method.name)
     omega, theta = method.parameter_groups(model)
     check_reference(spec, model)
@@ -148,6 +148,7 @@ def _estimate(
             row_s=row_s,
             bound_s=bound_s,
             in_pieces=in_pieces,
+            held=held.total if held and can_be_cut(backbone) else None,
         )
     if isinstance(found, Calibration):
         per_step, a_validated, a_scored = found.per_step, found.per_validated, found.per_scored
@@ -167,7 +168,7 @@ def _estimate(
     largest = max(p.numel() for p in model.parameters()) if in_pieces else 0
     shape = model.config
     sizes = Sizes(shape.hidden_size, shape.num_hidden_layers, shape.vocab_size, largest, _block(model))
-    memory = _memory(spec, sizes, frozen, counts["trainable"], plan.batch_size, longest, longest_answer)
+    memory = _memory(spec, sizes, (frozen, counts["trainable"], held), plan.batch_size, longest, longest_answer)
     measured = isinstance(found, Calibration) and found.activation_bytes is not None
     if isinstance(found, Calibration) and found.activation_bytes is not None:
         memory["activations"] = found.activation_bytes
@@ -210,17 +211,19 @@ def _ends_by(spec: FineTuneSpec, steps: int) -> str:
     )
 
 
-def _shapes(spec: FineTuneSpec, backbone: Backbone) -> Any:
-    """The model with its adapter, without memory for its parameters."""
+def _shapes(spec: FineTuneSpec, backbone: Backbone) -> tuple[Any, Footprint | None]:
+    """The model with its adapter, without memory for its parameters, and the bytes of a backbone in 8 or 4 bit."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from pedro.methods.registry import get_method
+    from pedro.training.quantised_load import footprint
 
-    config = load_config(backbone)
+    config, kind = load_config(backbone), spec.training.backbone_dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-        return get_method(spec.method.name).apply(model, spec.method.options)
+        held = footprint(model, kind, BYTES[spec.training.precision]) if kind else None
+        return get_method(spec.method.name).apply(model, spec.method.options), held
 
 
 def _block(model: nn.Module) -> int:
@@ -234,13 +237,13 @@ def _block(model: nn.Module) -> int:
 def _memory(
     spec: FineTuneSpec,
     sizes: Sizes,
-    frozen: int,
-    trainable: int,
+    counts: tuple[int, int, Footprint | None],
     batch_size: int,
     longest: int,
     longest_answer: int,
 ) -> dict[str, int]:
-    """Bytes on each worker, by part."""
+    """Bytes on each worker, by part. `counts`: frozen and trained parameters, and bytes of a backbone in fewer bits."""
+    frozen, trainable, held = counts
     training, resources = spec.training, spec.resources
     rows = -(-batch_size // (resources.workers * training.gradient_accumulation))
     rows *= 1 if spec.beta is None else 2  # sequences; the reference's pass precedes theirs and needs less
@@ -256,6 +259,7 @@ def _memory(
         workers=resources.workers,
         zero_stage=resources.zero_stage,
         on_gpu=resources.gpus_per_worker > 0,
+        held=held,
     )
 
 

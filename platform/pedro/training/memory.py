@@ -6,10 +6,18 @@ Parameters, gradients and optimizer state are exact; activations are an estimate
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 BYTES = {"fp32": 4, "bf16": 2}
 IN_BLOCK = 17  # numbers that a block keeps of a token for its backward pass, in widths of the model
 KEPT_ON_GPU = 1_000_000_000  # DeepSpeed's default stage3_max_live_parameters
+
+
+class Footprint(NamedTuple):
+    """Bytes of a backbone in fewer bits, and of its largest projection while that is whole."""
+
+    total: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ def training_memory(  # noqa: PLR0913
     workers: int = 1,
     zero_stage: int = 0,
     on_gpu: bool = False,
+    held: Footprint | None = None,
 ) -> dict[str, int]:
     """Bytes on each worker by part; ZeRO 1 shards optimizer state, 2 gradients as well, 3 the parameters.
 
@@ -46,7 +55,8 @@ def training_memory(  # noqa: PLR0913
     them loads once.
 
     `frozen` and `trainable` count parameters; `tokens` are those of one slice, including padding, `answer_tokens` those
-    with logits; `full` means that the backbone itself is trained. Activations: per layer and token about 34
+    with logits; `full` means that the backbone itself is trained; `held` is the size of a backbone in 8 or 4 bit, of
+    which one projection at a time is whole, counted with the activations. Activations: per layer and token about 34
     widths without attention scores (Korthikanti et al. 2022, section 4, for 16 bit; twice that in 32), with gradient
     checkpointing so many in one layer alone and the input of each, and a slice's logits.
     """
@@ -60,10 +70,11 @@ def training_memory(  # noqa: PLR0913
     whole = max(sizes.largest, sizes.block if gradient_checkpointing else 0, KEPT_ON_GPU if on_gpu else 0)
     gathered = min(frozen + trainable, whole) * size if cut > 1 else 0
     return {
-        "backbone": -(-frozen // cut) * size,
+        "backbone": held.total if held else -(-frozen // cut) * size,
         **({"gathered": gathered} if gathered else {}),
         "adapter": -(-trainable // cut) * trained_size,
         "gradients": trainable * trained_size // share["gradients"],
         "optimizer": trainable * (12 if full16 else 8) // share["optimizer"],
-        "activations": int(tokens * widths * sizes.hidden_size * size + answer_tokens * logits),
+        "activations": int(tokens * widths * sizes.hidden_size * size + answer_tokens * logits)
+        + (held.whole if held else 0),
     }

@@ -24,7 +24,8 @@ from pedro.backbone import locate_backbone
 from pedro.config import Frozen, Settings, check_name, load_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
-from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
+from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files, typed_fields
+from pedro.training.quantised_check import why_whole
 from pedro.training.section import Section
 from pedro.training.sharing import why_alone
 
@@ -119,7 +120,7 @@ class MethodSpec(BaseModel):
 class TrainingSpec(Section):
     """The optimisation; defaults are the paper's setup (section 4.3) where it names one."""
 
-    since: ClassVar[dict[str, Any]] = {"packing": True}
+    since: ClassVar[dict[str, Any]] = {"packing": True, "backbone_dtype": None}
 
     epochs: float | None = Field(10.0, gt=0, le=100_000)
     """Passes over train; if null, or if only `max_steps` is given, `max_steps` ends training."""
@@ -144,6 +145,8 @@ class TrainingSpec(Section):
     """Maximum gradient norm; 0 disables clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the frozen backbone. The adapter's parameters are always float32."""
+    backbone_dtype: Literal["int8", "nf4"] | None = None
+    """Keep the projections' weights in 8 or 4 bit and restore them to `precision` for each use: less memory, slower."""
     bilevel: bool = True
     """Alternate Ω steps on train with Θ steps on theta (eq. 8); false trains both together on both."""
     theta_every: int = Field(1, ge=1, le=10**9)
@@ -312,9 +315,11 @@ class FineTuneSpec(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _shares(self) -> FineTuneSpec:
+    def _possible(self) -> FineTuneSpec:
         if self.resources.share and (why := why_alone(self)):
             raise ValueError(f"resources.share: {why}")
+        if why := why_whole(self):
+            raise ValueError(f"training.backbone_dtype: {why}")
         return self
 
     @property
@@ -357,22 +362,12 @@ def load_finetune_spec(path: str | Path, overrides: Iterable[str] = ()) -> FineT
 def check_data_files(data: DataSpec, folder: Path, overrides: Iterable[str] = (), section: str = "data") -> None:
     """Raise ConfigError for a file that the spec in `folder` may not name; files of overrides may be anywhere."""
     files = {f"{section}.{role}": file for role, file in data.files().items()}
-    check_allowed_files(files, Settings.from_env(), [folder, ASSETS], _typed(files, overrides))
+    check_allowed_files(files, Settings.from_env(), [folder, ASSETS], typed_fields(files, overrides))
 
 
 def check_backbones(named: Mapping[str, str], folder: Path, overrides: Iterable[str] = ()) -> None:
     """Raise ConfigError for a backbone's directory that the spec in `folder` may not name, except by an override."""
-    check_allowed_backbones(named, Settings.from_env(), [folder, ASSETS], _typed(named, overrides))
-
-
-def _typed(fields: Iterable[str], overrides: Iterable[str]) -> set[str]:
-    """Those of the fields that overrides set, completely or in part."""
-    keys = {override.partition("=")[0] for override in overrides}
-    return {
-        field
-        for field in fields
-        if any(f"{field}.".startswith(f"{key}.") or key.startswith(f"{field}.") for key in keys)
-    }
+    check_allowed_backbones(named, Settings.from_env(), [folder, ASSETS], typed_fields(named, overrides))
 
 
 def _located(base: Path, file: str) -> str:

@@ -15,7 +15,7 @@ from pedro.evaluation.preference import pair_likelihoods, score_pairs
 from pedro.evaluation.saved import backbone_of, load_saved, release, trains_backbone
 from pedro.evaluation.scoring import Score, majority, score
 from pedro.methods.pedro.activation_inputs import recorded, summary
-from pedro.training.context import DTYPES, TrainingContext
+from pedro.training.context import DTYPES, TrainingContext, load_frozen
 from pedro.training.loop import Reporter, TrainingOutcome, train
 from pedro.training.prepare import notes
 from pedro.training.scored_rows import ScoredRow, scored_rows
@@ -225,10 +225,12 @@ def score_directory(context: TrainingContext, directory: Path) -> Score:
         if bare is None:
             release(context.model)
     device, beta = str(context.engine.device), context.spec.beta
+    if bare is None and (beta is not None or (directory / CONFIG).is_file()):
+        bare = load_frozen(context.backbone, context.spec.training, device)
     if beta is None:
         model = load_saved(directory, manifest, context.backbone, _dtype(context), device, bare)
         return score(model, context.tokenizer, list(rows))
-    bare = bare if bare is not None else load_model(context.backbone, _dtype(context), device)
+    assert bare is not None, "preferences are measured against the backbone"
     reference = pair_likelihoods(bare, context.tokenizer, list(rows))
     if not (directory / CONFIG).is_file():
         release(bare)

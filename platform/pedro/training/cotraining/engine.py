@@ -12,7 +12,7 @@ import torch
 
 from pedro.errors import ConfigError
 from pedro.methods.registry import get_method
-from pedro.training.context import DTYPES, MakeEngine, TrainingContext, build_context, device_of
+from pedro.training.context import MakeEngine, TrainingContext, build_context, device_of, load_frozen
 from pedro.training.cotraining.coordinator import Learning, Participant, Reading
 from pedro.training.cotraining.stacked_model import StackedModel, check_repeatable, tied_copy
 from pedro.training.engines import TorchEngine
@@ -48,12 +48,12 @@ class SharedBackbone:
 
     def __init__(self, spec: FineTuneSpec) -> None:
         """`spec` is any job's of the group. Raises ConfigError if its backbone or method cannot be shared."""
-        from pedro.backbone import load_model, load_tokenizer, resolve_backbone
+        from pedro.backbone import load_tokenizer, resolve_backbone
 
         if why := why_alone(spec):
             raise ConfigError(f"resources.share: {why}", param="resources.share")
         backbone = resolve_backbone(spec.backbone)
-        self._bare: nn.Module = load_model(backbone, DTYPES[spec.training.precision], device_of(spec))
+        self._bare: nn.Module = load_frozen(backbone, spec.training, device_of(spec))
         check_repeatable(self._bare)
         adapted = get_method(spec.method.name).apply(tied_copy(self._bare), spec.method.options)
         self.stacked_model = StackedModel(adapted, load_tokenizer(backbone).pad_token_id)
