@@ -135,11 +135,12 @@ class Engine:
             plan = self._scheduler.schedule(self._admit)
             self.idle = not plan
         for sequence in plan.preempted:
-            settle(self._runner, (*sequence.lends_to, sequence))
+            settle(self._runner, self._prefixes, (*sequence.lends_to, sequence))
         for sequence in plan.preempted:
             sequence.preempted_state = self._runner.save_state(sequence.slot)
             self._prefixes.answered(sequence)
             self._prefixes.keep()
+            self._prefixes.release(sequence)
             self._runner.release(sequence.slot)
             sequence.slots = []
         if plan.prefill:
@@ -223,7 +224,7 @@ class Engine:
     def _release_ended(self) -> None:
         """Release the slots and adapters of ended sequences. Only on the step thread: the model may be using them."""
         for sequence in self._ended:  # all before any slot is freed: copies made here may take its blocks
-            settle(self._runner, sequence.lends_to)
+            settle(self._runner, self._prefixes, sequence.lends_to)
         for sequence in self._ended:
             self._prefixes.release(sequence)
             for slot in sequence.slots:
@@ -256,8 +257,7 @@ class Engine:
         try:
             if part.begins:
                 self._runner.begin([prefill_row(sequence, self._adapter_of(sequence)) for sequence in leaders])
-                for sequence in part.sequences:
-                    self._prefixes.release(sequence)
+                self._prefixes.begun(part.sequences)
             with self._timed_prefill(part):
                 self._runner.advance(part.until)
             if not part.ends:
@@ -288,6 +288,7 @@ class Engine:
     def _run_decode(self, sequences: tuple[Sequence, ...]) -> None:
         began, speculator = time.perf_counter(), self._speculator
         try:
+            settle(self._runner, self._prefixes, sequences)
             drafts = {} if speculator is None else speculator.drafts(sequences)
             made = next_tokens(self._runner, sequences, drafts)
         except Exception:  # as above
@@ -337,7 +338,7 @@ class Engine:
         """Append its token to a running sequence; ignored if it has finished meanwhile."""
         if token_id < 0:
             log.error("request %s: %s", sequence.request.id, sequence.fault or "the model's logits are not finite")
-            settle(self._runner, sequence.lends_to)
+            settle(self._runner, self._prefixes, sequence.lends_to)
             for slot in sequence.slots:
                 self._runner.wipe(slot)
             self._fail((sequence,))

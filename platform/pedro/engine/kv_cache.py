@@ -47,6 +47,7 @@ class SlotCache(ABC):
         self.blocks = self._free = slots * self.blocks_per_slot
         self.lengths = [0] * slots  # positions used by each slot's sequence, 0 after its end; set by the runner
         self.room = [0] * slots  # positions with memory, perhaps from an earlier sequence; `grow` adds more
+        self.borrowed = [0] * slots  # positions read in cached blocks; all other positions here count from the next one
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
@@ -73,10 +74,10 @@ class SlotCache(ABC):
         """The first `length` positions of one slot, [1, K, length, d]."""
         return self.get(self.keys[layer], slot, 0, length)[None], self.get(self.values[layer], slot, 0, length)[None]
 
-    def spread(self, source: int, targets: list[int], length: int) -> None:
-        """Give each target slot the first `length` positions of `source`."""
+    def spread(self, source: int, targets: list[int], length: int, start: int = 0) -> None:
+        """Give each target slot the positions [start, length) of `source`, as its first."""
         for tensor in (*self.keys, *self.values):
-            shared = self.get(tensor, source, 0, length)
+            shared = self.get(tensor, source, start, length)
             for target in targets:
                 self.put(tensor, target, 0, shared)
 

@@ -55,8 +55,18 @@ typedef struct {
   const float *bias[SITES];                       /* of the projection, padded to VW, or null */
   const float *scale[SITES], *shift[SITES];       /* [slots, padded width], or null where no slot has any */
   float *keys, *values;                           /* [slots, kv_heads, length, head_dim] */
+  const float *kept_keys, *kept_values;           /* [kv_heads, kept, head_dim], null where nothing is kept */
   long window;                                    /* positions that a token sees; 0: all */
 } Layer;
+
+typedef struct {                                  /* positions that follow one another among the kept */
+  long start, count;
+} Span;
+
+typedef struct {                                  /* what a slot reads of the kept: its first `count` positions; its */
+  long count, spans;                              /* own come after them, from the slot's beginning on */
+  const Span *span;
+} Borrowed;
 
 typedef struct {
   long layers, dim, heads, kv_heads, head_dim, rotary, ffn, vocab, length, slots, threads, activation;
@@ -68,6 +78,8 @@ typedef struct {
   const void *head;
   const float *cos, *sin;                         /* [length, rotary] */
   Layer *layer;
+  long kept;                                      /* positions of all kept blocks */
+  const Borrowed *borrowed;                       /* [slots], or null where nothing is kept */
   const float *const *lora;                       /* [layers, SITES, slots, 2]: A [in, rank], B [rank, padded out] */
   const int *ranks;                               /* [layers, SITES, slots], padded to VW; 0: none */
   long max_rank;
@@ -95,7 +107,7 @@ typedef struct {
   int *best_at;
 } Batch;
 
-typedef struct {                                  /* keys and values on their way from a slot to kept blocks, or back */
+typedef struct {                                  /* keys and values on their way from a slot to kept blocks */
   float *const *to;                               /* the tensors; then, in floats, where the first head begins and */
   const float *const *from;                       /* how far apart heads are */
   long to_at, to_stride, from_at, from_stride;
@@ -204,12 +216,17 @@ typedef struct {            /* one product: rows [m, k] (normed on the way where
   long weights;             /* what the panels hold: `project` says it */
 } Product;
 
-static inline INLINE void tile(const int m, const int ahead, long k, const float *x, long ldx, const float *w,
-                               long ldw, float *out, long ldo) {
-  /* out [m, NR] = x' w, with x [k, m] and w [k, NR]; ahead: w comes from memory, and is one piece with what follows */
+static inline INLINE void tile(const int m, const int ahead, const int more, long k, const float *x, long ldx,
+                               const float *w, long ldw, float *out, long ldo) {
+  /* out [m, NR] = x' w, with x [k, m] and w [k, NR]; ahead: w comes from memory, and is one piece with what follows;
+     more: the sums go on from what is in `out` */
   vf a[MR], b[MR];
 #pragma GCC unroll 12
   for (int r = 0; r < m; r++) a[r] = b[r] = (vf){0};
+  if (more) {
+#pragma GCC unroll 12
+    for (int r = 0; r < m; r++) a[r] = load(out + r * ldo), b[r] = load(out + r * ldo + VW);
+  }
   for (long i = 0; i < k; i++, w += ldw, x += ldx) {
     vf w0 = load(w), w1 = load(w + VW);
     if (ahead) __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + VW);
@@ -236,7 +253,7 @@ static inline INLINE void tile(const int m, const int ahead, long k, const float
 
 static void run_tile(int m, long k, const float *x, long ldx, const float *w, long ldw, float *out, long ldo) {
   switch (m) {
-#define CASE(n) case n: tile(n, 1, k, x, ldx, w, ldw, out, ldo); break;
+#define CASE(n) case n: tile(n, 1, 0, k, x, ldx, w, ldw, out, ldo); break;
     CASES
 #undef CASE
   }
@@ -244,9 +261,9 @@ static void run_tile(int m, long k, const float *x, long ldx, const float *w, lo
 
 /* For attention: what follows its operands may be no memory yet, and to ask for such an address costs a walk through
    the page tables each time; on one processor that took four times as long as the products themselves. */
-static void run_near_tile(int m, long k, const float *x, long ldx, const float *w, long ldw, float *out) {
+static void run_near_tile(int m, int more, long k, const float *x, long ldx, const float *w, long ldw, float *out) {
   switch (m) {
-#define CASE(n) case n: tile(n, 0, k, x, ldx, w, ldw, out, NR); break;
+#define CASE(n) case n: tile(n, 0, more, k, x, ldx, w, ldw, out, NR); break;
     CASES
 #undef CASE
   }
@@ -494,9 +511,40 @@ static void rotate(const Model *M, const float *norm, long position, float *x) {
   }
 }
 
+static inline long borrowed(const Model *M, long slot) { return M->borrowed ? M->borrowed[slot].count : 0; }
+
+static inline long place(const Model *M, long slot, long kv, long position) { /* in `keys`: one of the slot's own */
+  return ((slot * M->kv_heads + kv) * M->length + position - borrowed(M, slot)) * M->head_dim;
+}
+
+typedef struct {            /* some positions of a sequence, in one piece */
+  const float *keys, *values;
+  long count;
+} Piece;
+
+static inline size_t room_for_pieces(const Model *M, long slot) { /* of a sequence, in floats */
+  return (M->borrowed ? M->borrowed[slot].spans + 1 : 1) * (sizeof(Piece) / sizeof(float));
+}
+
+static long pieces_of(const Model *M, const Layer *L, long slot, long kv, long from, long stop, Piece *to) {
+  /* Positions [from, stop) of a slot's sequence, in their order: of the kept, then its own. Gives how many pieces. */
+  const long begin = borrowed(M, slot);
+  long count = 0;
+  for (long n = 0, at = 0; at < begin && at < stop; at += M->borrowed[slot].span[n++].count) {
+    const Span s = M->borrowed[slot].span[n];
+    const long low = from > at ? from - at : 0, high = stop - at < s.count ? stop - at : s.count;
+    const long first = (kv * M->kept + s.start + low) * M->head_dim;
+    if (low < high) to[count++] = (Piece){L->kept_keys + first, L->kept_values + first, high - low};
+  }
+  if (from < begin) from = begin;
+  const long first = place(M, slot, kv, from);
+  if (from < stop) to[count++] = (Piece){L->keys + first, L->values + first, stop - from};
+  return count;
+}
+
 static void keep(const Model *M, const Batch *B, const Layer *L, long row, long kv) { /* rotate and cache one kv head */
   const long d = M->head_dim, kw = padded(M->kv_heads * d), qw = padded(M->heads * d);
-  const long at = ((B->slots[row] * M->kv_heads + kv) * M->length + B->positions[row]) * d;
+  const long at = place(M, B->slots[row], kv, B->positions[row]);
   float *key = B->qkv + row * (qw + 2 * kw) + qw + kv * d;
   rotate(M, L->k_norm, B->positions[row], key);
   memcpy(L->keys + at, key, d * sizeof(float));
@@ -532,25 +580,28 @@ static inline INLINE void score(const int g, const int n, long d, const float *q
   }
 }
 
-static inline INLINE void mix(const int g, const int n, long d, long count, const float *p, long ldp,
-                              const float *values, const float *share, float *out) { /* n vectors of out [g, d] */
+static inline INLINE void mix(const int g, const int n, long d, const Piece *piece, long pieces, const float *p,
+                              long ldp, long at, const float *share, float *out) { /* n vectors of out [g, d] */
   vf a[GROUP][4];
 #pragma GCC unroll 4
   for (int h = 0; h < g; h++)
 #pragma GCC unroll 4
     for (int c = 0; c < n; c++) a[h][c] = (vf){0};
-  for (long t = 0; t < count; t++, values += d) {
+  for (const Piece *end = piece + pieces; piece < end; p += piece++->count) {
+    const float *values = piece->values + at;
+    for (long t = 0; t < piece->count; t++, values += d) {
 #pragma GCC unroll 4
-    for (int c = 0; c < n; c++) {
-      const vf value = load(values + c * VW);
+      for (int c = 0; c < n; c++) {
+        const vf value = load(values + c * VW);
 #pragma GCC unroll 4
-      for (int h = 0; h < g; h++) a[h][c] += p[h * ldp + t] * value;
+        for (int h = 0; h < g; h++) a[h][c] += p[h * ldp + t] * value;
+      }
     }
   }
 #pragma GCC unroll 4
   for (int h = 0; h < g; h++)
 #pragma GCC unroll 4
-    for (int c = 0; c < n; c++) store(out + h * d + c * VW, a[h][c] * share[h]);
+    for (int c = 0; c < n; c++) store(out + h * d + at + c * VW, a[h][c] * share[h]);
 }
 
 static float soften(float *p, long count) { /* scores to their exponentials, zeros behind; gives 1 / their sum */
@@ -571,19 +622,30 @@ static inline INLINE void attend_heads(const int g, const Model *M, const Layer 
                                        long position, float *out) {
   const long d = M->head_dim, from = L->window && position >= L->window ? position + 1 - L->window : 0;
   const long count = position + 1 - from, ldp = padded(count);
-  const float *keys = L->keys + ((slot * M->kv_heads + kv) * M->length + from) * d;
-  const float *values = L->values + ((slot * M->kv_heads + kv) * M->length + from) * d;
-  float *p = scratch(g * ldp), share[GROUP];
-  long t = 0, i = 0;
-  for (; t + 4 <= count; t += 4) score(g, 4, d, q, keys + t * d, M->scaling, p + t, ldp);
-  for (; t < count; t++) score(g, 1, d, q, keys + t * d, M->scaling, p + t, ldp);
+  float *p = scratch(g * ldp + room_for_pieces(M, slot)), *here = p, share[GROUP];
+  Piece *piece = (Piece *)(p + g * ldp);
+  const long pieces = pieces_of(M, L, slot, kv, from, position + 1, piece);
+  long i = 0;
+  for (long n = 0; n < pieces; here += piece[n++].count) {
+    const float *keys = piece[n].keys;
+    long t = 0;
+    for (; t + 4 <= piece[n].count; t += 4) score(g, 4, d, q, keys + t * d, M->scaling, here + t, ldp);
+    for (; t < piece[n].count; t++) score(g, 1, d, q, keys + t * d, M->scaling, here + t, ldp);
+  }
   for (int h = 0; h < g; h++) share[h] = soften(p + h * ldp, count);
-  for (; i + 4 * VW <= d; i += 4 * VW) mix(g, 4, d, count, p, ldp, values + i, share, out + i);
-  for (; i + VW <= d; i += VW) mix(g, 1, d, count, p, ldp, values + i, share, out + i);
+  for (; i + 4 * VW <= d; i += 4 * VW) mix(g, 4, d, piece, pieces, p, ldp, i, share, out);
+  switch ((d - i) / VW) { /* sums side by side do not wait for one another */
+    case 3: mix(g, 3, d, piece, pieces, p, ldp, i, share, out); break;
+    case 2: mix(g, 2, d, piece, pieces, p, ldp, i, share, out); break;
+    case 1: mix(g, 1, d, piece, pieces, p, ldp, i, share, out); break;
+  }
+  i += (d - i) / VW * VW;
   for (; i < d; i++)
     for (int h = 0; h < g; h++) {
+      const float *weight = p + h * ldp;
       float a = 0;
-      for (t = 0; t < count; t++) a += p[h * ldp + t] * values[t * d + i];
+      for (long n = 0; n < pieces; n++)
+        for (long t = 0; t < piece[n].count; t++) a += *weight++ * piece[n].values[t * d + i];
       out[h * d + i] = a * share[h];
     }
 }
@@ -621,7 +683,8 @@ static void attend_row(const void *what, long unit, int thread) { /* a token and
   const Attention *u = what;
   const Model *M = u->M;
   const Batch *B = u->B;
-  const long d = M->head_dim, group = M->heads / M->kv_heads, row = unit / M->kv_heads, kv = unit % M->kv_heads;
+  /* Row after row over one head: what they borrow of the same blocks stays in the cache. */
+  const long d = M->head_dim, group = M->heads / M->kv_heads, row = unit % B->rows, kv = unit / B->rows;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
   (void)thread;
   if (!B->shared) keep(M, B, u->L, row, kv);
@@ -661,14 +724,18 @@ static void pack_keys(const void *what, long unit, int thread) { /* of a prompt 
   const Model *M = u->M;
   const long d = M->head_dim, prompt = unit / M->kv_heads, kv = unit % M->kv_heads, first = u->B->starts[prompt];
   const long begin = u->B->positions[first], count = u->first_key[prompt + 1] - u->first_key[prompt];
-  const float *keys = u->L->keys + (u->B->slots[first] * M->kv_heads + kv) * M->length * d;
+  const long slot = u->B->slots[first];
+  Piece *piece = (Piece *)scratch(room_for_pieces(M, slot));
   float *key = keys_of(u, prompt, kv);
   (void)thread;
-  for (long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : 0; t < count; t += MR) {
-    const int m = count - t < MR ? count - t : MR;
-    for (int r = 0; r < m; r++)
-      for (long i = 0; i < d; i++) key[t * d + i * m + r] = keys[(t + r) * d + i];
-  }
+  long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : 0;
+  const long pieces = pieces_of(M, u->L, slot, kv, t, count, piece);
+  for (long n = 0; n < pieces; n++)
+    for (long j = 0; j < piece[n].count; j++, t++) {
+      const long block = t / MR * MR, m = count - block < MR ? count - block : MR;
+      const float *keys = piece[n].keys + j * d;
+      for (long i = 0; i < d; i++) key[block * d + i * m + t - block] = keys[i];
+    }
 }
 
 static void attend_prompt(const void *what, long index, int thread) {
@@ -687,19 +754,22 @@ static void attend_prompt(const void *what, long index, int thread) {
   const long n = B->starts[prompt + 1] - first, begin = B->positions[first], count = begin + n;
   const long blocks = (n + NR - 1) / NR;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-  const float *values = L->values + (B->slots[first] * M->kv_heads + kv) * M->length * d, *key = keys_of(u, prompt, kv);
-  float *p = scratch(count * NR + d * NR + MR * NR), *q = p + count * NR, *y = q + d * NR;
+  const long slot = B->slots[first];
+  const float *key = keys_of(u, prompt, kv);
+  float *p = scratch(count * NR + d * NR + MR * NR + room_for_pieces(M, slot)), *q = p + count * NR, *y = q + d * NR;
+  Piece *piece = (Piece *)(y + MR * NR);
   vf lane[2];
   for (int c = 0; c < NR; c++) lane[c / VW][c % VW] = c;
   for (long row = blocks * part / tiles * NR; row < n && row < blocks * (part + 1) / tiles * NR; row += NR) {
     const long queries = n - row < NR ? n - row : NR, here = begin + row, high = here + queries;
     const long low = L->window && here >= L->window ? (here + 1 - L->window) / MR * MR : 0;
+    const long pieces = pieces_of(M, L, slot, kv, low, high, piece);
     float share[NR];
     for (long c = 0; c < queries; c++)
       for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
     for (long t = low; t < high; t += MR) {
       const int m = count - t < MR ? count - t : MR;
-      run_near_tile(m, d, key + t * d, m, q, NR, p + t * NR);
+      run_near_tile(m, 0, d, key + t * d, m, q, NR, p + t * NR);
     }
     for (int s = 0; s < 2; s++) {
       vf most = all(-INFINITY), total = {0};
@@ -724,7 +794,9 @@ static void attend_prompt(const void *what, long index, int thread) {
       for (long i = 0; i < d; i += NR) { /* columns past the head's width are read and dropped */
         const int m = queries - r < MR ? queries - r : MR;
         const long columns = d - i < NR ? d - i : NR;
-        run_near_tile(m, high - low, p + low * NR + r, NR, values + low * d + i, d, y);
+        const float *weight = p + low * NR + r;
+        for (long n = 0; n < pieces; weight += piece[n++].count * NR)
+          run_near_tile(m, n > 0, piece[n].count, weight, NR, piece[n].values + i, d, y);
         for (int j = 0; j < m; j++) {
           float *out = B->mixed + (first + row + r + j) * M->heads * d + h * d + i;
           for (long c = 0; c < columns; c++) out[c] = y[j * NR + c] * share[r + j];

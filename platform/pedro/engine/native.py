@@ -31,10 +31,21 @@ class LayerStruct(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("norm1", "norm2", "q_norm", "k_norm", "qkv", "o", "gate_up", "down")),
         *((name, c_void_p * len(SITES)) for name in ("bias", "scale", "shift")),
-        ("keys", c_void_p),
-        ("values", c_void_p),
+        *((name, c_void_p) for name in ("keys", "values", "kept_keys", "kept_values")),
         ("window", c_long),
     ]
+
+
+class SpanStruct(ctypes.Structure):
+    """`Span` of native.c."""
+
+    _fields_ = [("start", c_long), ("count", c_long)]
+
+
+class BorrowedStruct(ctypes.Structure):
+    """`Borrowed` of native.c."""
+
+    _fields_ = [("count", c_long), ("spans", c_long), ("span", POINTER(SpanStruct))]
 
 
 class ModelStruct(ctypes.Structure):
@@ -46,6 +57,8 @@ class ModelStruct(ctypes.Structure):
         *((name, c_float) for name in ("eps", "scaling", "embed_scale", "pad")),
         *((name, c_void_p) for name in ("embed", "final_norm", "head", "cos", "sin")),
         ("layer", POINTER(LayerStruct)),
+        ("kept", c_long),
+        ("borrowed", POINTER(BorrowedStruct)),
         ("lora", c_void_p),
         ("ranks", c_void_p),
         ("max_rank", c_long),

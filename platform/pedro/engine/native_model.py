@@ -124,7 +124,7 @@ class NativeModel:
         self._widths = self._packer.buffer_widths(self._sizes)
         self._final_norm = _norm(decoder.norm).detach().float().contiguous()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-        self._model = native.ModelStruct(
+        self.struct = native.ModelStruct(
             **self._sizes,
             layers=self._num_layers,
             rotary=cos.shape[1],
@@ -153,7 +153,7 @@ class NativeModel:
         self.weight_bytes = sum(tensor.nbytes for tensor in self._held)  # includes rotary tables
         self._lora = torch.zeros(self._num_layers, len(SITES), slots, 2, dtype=torch.int64)
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
-        self._model.lora, self._model.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
+        self.struct.lora, self.struct.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
         most = slots + draft_rows  # rows of a step
         self._batch, self._buffers = self._make_batch(most)
         self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
@@ -216,7 +216,7 @@ class NativeModel:
     def hidden(self, state: PrefillState, index: list[int]) -> torch.Tensor:
         """The normed hidden states [n, D] of the tokens `index` of a prefill whose layers all ran."""
         x = state.buffers["x"][torch.tensor(index), : self._sizes["dim"]]
-        return F.rms_norm(x, x.shape[-1:], self._final_norm, self._model.eps)
+        return F.rms_norm(x, x.shape[-1:], self._final_norm, self.struct.eps)
 
     def decode(self, slots: list[int], token_ids: list[int], positions: list[int]) -> Logits:
         """One step: the last token of each row. Among rows of one slot, each sees those at lower positions."""
@@ -232,10 +232,10 @@ class NativeModel:
         return Logits(self._buffers["logits"][:rows], batch.best[:rows])
 
     def _run(self, call: str, batch: native.BatchStruct, *layer: int) -> None:
-        """One call of the kernel, with as many threads as currently useful."""
-        self._model.threads = self.threads.count
-        getattr(self._kernel, f"pedro_{call}")(pointer(self._model), pointer(batch), *layer)
-        self.threads.note(self._model.spent, self._model.lost)
+        """One call of the kernel, with as many threads as the machine lets run."""
+        self.struct.threads = self.threads.count
+        getattr(self._kernel, f"pedro_{call}")(pointer(self.struct), pointer(batch), *layer)
+        self.threads.note(self.struct.spent, self.struct.lost)
 
     def _part_of(self, state: PrefillState, row: int, size: int) -> native.BatchStruct:
         """Rows [row, row + size) of the prefill as a batch: its hidden states, and scratch buffers that all parts
@@ -342,13 +342,13 @@ class NativeModel:
         return batch, buffers
 
     def _make_low(self, batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
-        """Scratch memory for the low-rank terms of every row; grows with the largest rank."""
-        if batch.lora and ("low" not in buffers or buffers["low"].shape[1] < 3 * self._model.max_rank):
-            buffers["low"] = torch.zeros(len(buffers["x"]), 3 * self._model.max_rank)
+        """Room for the low-rank terms of every row; it grows with the largest rank."""
+        if batch.lora and ("low" not in buffers or buffers["low"].shape[1] < 3 * self.struct.max_rank):
+            buffers["low"] = torch.zeros(len(buffers["x"]), 3 * self.struct.max_rank)
             batch.low = buffers["low"].data_ptr()
 
     def _use_buffer(self, kind: str, layer: int, site: str, buffer: torch.Tensor) -> None:
-        getattr(self._model.layer[layer], kind)[SITES.index(site)] = buffer.data_ptr()
+        getattr(self.struct.layer[layer], kind)[SITES.index(site)] = buffer.data_ptr()
 
     def _use_low_rank(self, slot: int, adapter: Adapter | None) -> None:
         self._ranks[:, :, slot] = 0
@@ -358,7 +358,7 @@ class NativeModel:
                 self._ranks[layer, number, slot] = rank
                 self._lora[layer, number, slot, 0] = term.a.data_ptr()
                 self._lora[layer, number, slot, 1] = term.b.data_ptr()
-                self._model.max_rank = max(self._model.max_rank, rank)
+                self.struct.max_rank = max(self.struct.max_rank, rank)
 
 
 def _rotations(decoder: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:

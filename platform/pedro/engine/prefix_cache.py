@@ -10,7 +10,9 @@ up to there: numbers are never reused, and the tokens themselves are compared, n
 first block is a `PrefixKey`, which says who may reuse it. Vectors that an adapter generated from a prompt are cached
 under it, too.
 
-A block that a waiting sequence is about to use is referenced, and never evicted.
+A block that a sequence is about to begin with is referenced, and never evicted. Where blocks are read in place
+(`KVBlocks`), it stays so until the sequence leaves its slot; what is forgotten meanwhile is found by nobody, and its
+memory given back then.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ class PrefixEntry:
     place: int = -1
     rows: SlotRows | None = None
     refcount: int = 0
+    gone: bool = False  # nobody finds it any more
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,17 @@ class Prefix:
         return BLOCK * len(self.blocks)
 
 
+NOTHING = Prefix(())
+
+
 @dataclass(frozen=True)
 class _Unkept:
-    """Contents of a slot to be cached before the next step."""
+    """What a slot holds until the next step and is to be kept, but for what it borrows."""
 
     reuse: Reuse
     token_ids: list[int]
     slot: int
+    borrowed: tuple[PrefixEntry, ...] = ()
 
 
 class PrefixCache:
@@ -139,8 +146,8 @@ class PrefixCache:
         self._counts = dict.fromkeys(("queried_tokens", "hits", "saved_tokens", "evictions"), 0)
 
     def look_up(self, sequence: Sequence, adapter: Adapter | None) -> None:
-        """The cached prefix of a sequence about to start, held until `release`. Prompts whose log-probabilities or mean
-        are requested are read whole: these need the state of every token."""
+        """Before the sequence starts: what its prefill need not read, held until `begun` or `release`. A prompt whose
+        log-probabilities, or mean, are asked for is read whole: they need the state of every token."""
         self.release(sequence)
         sequence.num_cached = 0
         if self._blocks is None:
@@ -151,17 +158,29 @@ class PrefixCache:
         if whole and not sequence.resumes:
             return
         found = self._find(sequence.reuse, sequence.prefill_ids)
-        for block in found.blocks:
-            block.refcount += 1
         if found.blocks:
-            sequence.prefix, sequence.num_cached = found, found.num_tokens
+            self._hold(sequence, found)
+            sequence.num_cached = found.num_tokens
+
+    def begun(self, sequences: Iterable[Sequence]) -> None:
+        """The prefill of these began: where blocks are not read in place, their slots hold what was found."""
+        if self._blocks is not None and not self._blocks.in_place:
+            for sequence in sequences:
+                self.release(sequence)
+
+    def follow(self, sequence: Sequence, leader: Sequence) -> None:
+        """The sequence goes on from a prompt that `leader` read for both: it borrows what it can of that, at least what
+        `leader` does."""
+        self.release(sequence)
+        if self._blocks is not None and self._blocks.in_place and leader.reuse is not None:
+            found, held = self._find(leader.reuse, leader.request.prompt_ids), leader.prefix or NOTHING
+            self._hold(sequence, max(held, found, key=lambda prefix: prefix.num_tokens))
 
     def release(self, sequence: Sequence) -> None:
-        """Release the prefix of a sequence: it was copied to its slot, or the sequence does not start."""
+        """Nothing that was found for the sequence is needed any longer: it left its slot, or does not start."""
         if sequence.prefix is not None:
-            for block in sequence.prefix.blocks:
-                block.refcount -= 1
-            sequence.prefix = None
+            self._let_go(sequence.prefix.blocks)
+            sequence.prefix, sequence.borrowed = None, 0
 
     def prefilled(self, made: list[NewToken], counts: bool) -> None:
         """Note a prompt for caching, once the answers to its request have their first tokens. `counts`: whether the
@@ -170,26 +189,30 @@ class PrefixCache:
         if leader.reuse is not None and not leader.resumes:
             if counts and not leader.prompt_read:
                 self._count(leader)
-            if all(token_id >= 0 for _, token_id, _ in made):  # else keys may be non-finite
-                self._unkept.append(_Unkept(leader.reuse, leader.request.prompt_ids, leader.slot))
+            if all(token_id >= 0 for _, token_id, _ in made):  # else keys may not be finite
+                self._note(leader, leader.reuse, leader.request.prompt_ids)
         for sequence, *_ in made:
             sequence.num_cached = 0
 
     def answered(self, sequence: Sequence) -> None:
         """Note prompt and answer, except its last token, of a sequence that leaves its slot."""
         if sequence.reuse is not None and sequence.reuse.until is None and sequence.prompt_in is None:
-            self._unkept.append(_Unkept(sequence.reuse, sequence.prefill_ids[:-1], sequence.slot))
+            self._note(sequence, sequence.reuse, sequence.prefill_ids[:-1])
 
     def keep(self) -> None:
         """Copy noted contents to the cache before slots are reused. Separate from the step that computed them, so as
         not to delay the first token."""
         if self._kept_epoch != self._epoch:
             self._kept_epoch = self._epoch
-            while self._evict():
-                pass
-        unkept, self._unkept = self._unkept, []
+            for key in list(self._entries):
+                self._drop(key)
+        unkept = [one for one in self._unkept if not any(block.gone for block in one.borrowed)]
+        self._unkept = []
+        for one in unkept:  # making room for one must not take what the next begins with
+            self._refer(one.borrowed)
         for one in unkept:
             self._keep(one)
+            self._let_go(one.borrowed)
 
     def forget(self) -> None:
         """Invalidate everything read so far, also by requests that still run. From any thread."""
@@ -213,7 +236,7 @@ class PrefixCache:
         if key.conditioning:
             vectors = self._entries.get((key, b""))
             if vectors is None:
-                return Prefix(())
+                return NOTHING
             keys.append((key, b""))
             rows = vectors.rows
         parent: PrefixKey | int = key
@@ -226,6 +249,28 @@ class PrefixCache:
             parent = block.number
         self._touch(keys)
         return Prefix(tuple(found), rows)
+
+    def _hold(self, sequence: Sequence, prefix: Prefix) -> None:
+        """The sequence begins with these until `release`."""
+        assert self._blocks is not None, "nothing is found where nothing is kept"
+        self._refer(prefix.blocks)
+        sequence.prefix = prefix
+        sequence.borrowed = prefix.num_tokens if self._blocks.in_place else 0
+
+    def _refer(self, blocks: Iterable[PrefixEntry]) -> None:
+        for block in blocks:
+            block.refcount += 1
+
+    def _let_go(self, blocks: Iterable[PrefixEntry]) -> None:
+        for block in blocks:
+            block.refcount -= 1
+            if block.gone and not block.refcount:
+                self._give_back(block)
+
+    def _note(self, sequence: Sequence, reuse: Reuse, token_ids: list[int]) -> None:
+        """Have `keep` keep these tokens of the sequence's, which its slot holds until then."""
+        borrowed = () if sequence.prefix is None else sequence.prefix.blocks
+        self._unkept.append(_Unkept(reuse, token_ids, sequence.slot, borrowed))
 
     def _count(self, leader: Sequence) -> None:
         """Count a prompt that was read for the first of its answers."""
@@ -250,7 +295,9 @@ class PrefixCache:
                 break
             here.append((parent, tokens))
             parent = block.number
-        first, rows = len(here), (key, b"")
+        first, rows, borrowed = len(here), (key, b""), len(one.borrowed)
+        if first < borrowed:  # in another epoch
+            return
         made: list[tuple[EntryKey, PrefixEntry]] = []
         if key.conditioning and rows in self._entries:
             here.insert(0, rows)
@@ -271,7 +318,7 @@ class PrefixCache:
             places.append(block.place)
             parent = block.number
         if places:
-            self._blocks.save(one.slot, first, places)
+            self._blocks.save(one.slot, first - borrowed, places)
         for entry_key in here:
             self._entries[entry_key].refcount -= 1
         self._entries.update(made)  # from now on they are found
@@ -312,12 +359,21 @@ class PrefixCache:
         key = next((key for key, entry in self._entries.items() if not entry.refcount), None)
         if key is None:
             return False
-        gone = self._entries.pop(key)
-        if gone.place >= 0:
-            heapq.heappush(self._free, gone.place)
-        self._account(gone.adapter, -gone.nbytes)
-        self._counts["evictions"] += 1
+        self._drop(key)
         return True
+
+    def _drop(self, key: EntryKey) -> None:
+        """Let the entry not be found any more; its memory is free once nothing refers to it."""
+        entry = self._entries.pop(key)
+        entry.gone = True
+        self._counts["evictions"] += 1
+        if not entry.refcount:
+            self._give_back(entry)
+
+    def _give_back(self, entry: PrefixEntry) -> None:
+        if entry.place >= 0:
+            heapq.heappush(self._free, entry.place)
+        self._account(entry.adapter, -entry.nbytes)
 
     def _touch(self, keys: list[EntryKey]) -> None:
         """Mark entries as used, the first one last: a block cannot be found without its parent."""

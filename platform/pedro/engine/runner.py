@@ -46,7 +46,7 @@ class PrefillRow:
 
     `pooling` ("last" or "mean"): return its embedding. `preempted_state`: rows saved at a preemption or cached with the
     same prompt, used instead of the adapter, which acts from position `start` on. `places`: the cached blocks that it
-    begins with, of `num_cached` tokens.
+    begins with, of `num_cached` tokens; those read in place must stay until `release`.
     """
 
     slot: int
@@ -192,9 +192,10 @@ class Runner:
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
+            in_place = self._borrow(row.slot, row.places)
             self._use(row.slot, len(row.token_ids))
             segments.append(Segment(start, start + len(row.token_ids) - row.num_cached, row.slot))
-            if row.places:
+            if row.places and not in_place:
                 assert self._blocks is not None, "cached blocks need a cache"
                 self._blocks.load(row.slot, row.places)
             start = segments[-1].stop
@@ -257,7 +258,7 @@ class Runner:
     def abandon(self) -> None:
         """Drop the prefill in progress and zero its slots, which may contain anything."""
         for row in self._prefills.pop().rows:
-            self.cache.wipe(row.slot, len(row.token_ids))
+            Runner.wipe(self, row.slot, len(row.token_ids))
 
     @torch.inference_mode()
     def decode(self, rows: list[DecodeRow]) -> Logits:
@@ -269,18 +270,22 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def copy(self, source: int, targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of slot `source`, and its modulation, to `targets`."""
+    def copy(self, source: int, targets: list[int], length: int, places: Sequence[int] = ()) -> None:
+        """Give the slots `targets` the first `length` positions of `source`, and its modulation. They borrow the blocks
+        at `places`, which hold the first of these, at least those that `source` borrows."""
         for target in targets:
+            self._borrow(target, places)
             self._use(target, length)
-        self.cache.spread(source, targets, length)
+        borrowed = self.cache.borrowed
+        self.cache.spread(source, targets, length - borrowed[source], borrowed[targets[0]] - borrowed[source])
         self.modulation.copy(source, targets)
 
     @torch.inference_mode()
     def reorder(self, pairs: list[tuple[int, int]], start: int, stop: int) -> None:
-        """Simultaneously for each (a, b): copy positions [start, stop) of slot a to slot b."""
+        """Simultaneously for each (a, b): slot b takes positions [start, stop) of slot a. All borrow the same."""
         if pairs:
-            self.cache.move([a for a, _ in pairs], [b for _, b in pairs], start, stop)
+            before = self.cache.borrowed[pairs[0][0]]
+            self.cache.move([a for a, _ in pairs], [b for _, b in pairs], start - before, stop - before)
 
     @torch.inference_mode()
     def save_state(self, slot: int) -> PreemptedState:
@@ -294,34 +299,43 @@ class Runner:
 
     def make_blocks(self, count: int) -> KVBlocks:
         """Allocate storage for the blocks that `PrefillRow.places` refers to."""
-        threads = self._executor.threads if isinstance(self._executor, NativeModel) else None
-        self._blocks = KVBlocks(self.cache, count, threads)
+        self._blocks = KVBlocks(self.cache, count, self._executor if isinstance(self._executor, NativeModel) else None)
         return self._blocks
 
     def save_blocks(self, slot: int, first: int, places: Sequence[int]) -> None:
-        """Copy the slot's blocks from number `first` on to `places`."""
+        """Keep the slot's own blocks from number `first` on at `places`."""
         assert self._blocks is not None, "allocated by make_blocks"
         self._blocks.save(slot, first, places)
 
     def wipe(self, slot: int, length: int | None = None, start: int = 0) -> None:
-        """As `KVCache.wipe`."""
-        self.cache.wipe(slot, length, start)
+        """As `KVCache.wipe`, of a sequence's positions; what it borrows is left alone."""
+        before = self.cache.borrowed[slot]
+        self.cache.wipe(slot, None if length is None else max(0, length - before), max(0, start - before))
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
         """The sequence in `slot` ended or was preempted: its contents are no longer needed."""
         self.modulation.release(slot)
         self.cache.lengths[slot] = 0
+        self._borrow(slot, ())
 
     def close(self) -> None:
         """Release the model."""
         if isinstance(self._executor, TorchModel):
             self._executor.close()
 
+    def _borrow(self, slot: int, places: Sequence[int]) -> bool:
+        """Have the slot's sequence begin with the blocks at `places`; False where they cannot be read in place."""
+        if self._blocks is None or not self._blocks.in_place:
+            return False
+        if places or self.cache.borrowed[slot]:
+            self._blocks.borrow(slot, places)
+        return True
+
     def _use(self, slot: int, length: int) -> None:
-        """The slot's sequence is about to grow to `length` positions."""
-        self.cache.lengths[slot] = length
-        if length > self.cache.room[slot]:
+        """The slot's sequence is about to have `length` positions."""
+        own = self.cache.lengths[slot] = length - self.cache.borrowed[slot]
+        if own > self.cache.room[slot]:
             self.cache.grow(slot)
 
     def _prompt_logprobs(self, state: Any, segment: Segment, row: PrefillRow) -> list[Logprob | None]:

@@ -81,7 +81,9 @@ class KVRoom:
     def short(self, running: list[Sequence]) -> list[Sequence]:
         """Sequences that may need more blocks than they have."""
         step = 1 + self._ahead
-        return [s for s in running if s.length + step > s.blocks * self._block and self._needs(s) > s.blocks]
+        return [
+            s for s in running if s.length + step - s.borrowed > s.blocks * self._block and self._needs(s) > s.blocks
+        ]
 
     def growing(self, running: Iterable[Sequence]) -> int:
         """How many sequences may come to need more blocks."""
@@ -106,14 +108,15 @@ class KVRoom:
 
     def _needs(self, sequence: Sequence) -> int:
         """Blocks for its tokens and the next step's; for beams, which are never preempted, for all that they may
-        generate. An answer's last token is not stored."""
+        generate. An answer's last token is not stored, and borrowed tokens are stored elsewhere."""
         most = self._most(sequence)
-        tokens = most if sequence.width > 1 else min(most, sequence.length + 1 + self._ahead)
+        next_step = sequence.length + 1 + self._ahead - sequence.borrowed
+        tokens = most if sequence.width > 1 else min(most, next_step)
         return sequence.width * -(-tokens // self._block)
 
     def _most(self, sequence: Sequence) -> int:
         """The most tokens that one of its slots will have."""
-        return len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1)
+        return len(sequence.request.prompt_ids) + max(0, sequence.max_tokens - 1) - sequence.borrowed
 
 
 class PrefillBudget:

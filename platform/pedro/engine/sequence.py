@@ -243,7 +243,8 @@ class Sequence:
         self.lends_to: list[Sequence] = []  # siblings whose `prompt_in` is this one
         self.preempted_state: PreemptedState | None = None  # saved by the runner
         self.reuse: Reuse | None = None  # who may reuse its prefix
-        self.prefix: Prefix | None = None  # cached prefix of its next prefill, until copied to its slot
+        self.prefix: Prefix | None = None  # cached prefix of its next prefill, while its blocks are needed
+        self.borrowed = 0  # tokens of `prefix` that are read in place, not copied to its slot
         self.num_cached = 0  # tokens of `prefix`, until that prefill ends
         self.cached_tokens = 0  # prompt tokens found in the cache; the same for all answers to a request
         self.resumes = False  # whether it ran before: its vectors exist, its prompt was reported

@@ -20,6 +20,7 @@ from pedro.errors import DeadlineError
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits
+    from pedro.engine.prefix_cache import PrefixCache
     from pedro.engine.schedule import PrefillGroup
 
 NewToken = tuple[Sequence, int, Logprob | None]  # the token is -1 if there is none; beams use only that
@@ -49,9 +50,14 @@ def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
         prompt_logprobs=None if sequence.resumes else sequence.params.prompt_logprobs,
         pooling=sequence.params.pooling,
         start=start,
-        places=() if prefix is None else prefix.places,
+        places=places_of(sequence),
         num_cached=sequence.num_cached,
     )
+
+
+def places_of(sequence: Sequence) -> tuple[int, ...]:
+    """The kept blocks that it begins with."""
+    return () if sequence.prefix is None else sequence.prefix.places
 
 
 def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...]) -> list[list[NewToken]]:
@@ -72,7 +78,7 @@ def first_tokens(runner: Runner, logits: Logits, groups: tuple[PrefillGroup, ...
     for group in groups:
         leader, *others = group
         if leader.width > 1:
-            runner.copy(leader.slot, leader.slots[1:], leader.length)
+            runner.copy(leader.slot, leader.slots[1:], leader.length, places_of(leader))
         for sequence in others:
             sequence.prompt_in = leader
         leader.lends_to = others
@@ -108,17 +114,18 @@ def late(sequence: Sequence) -> DeadlineError:
     )
 
 
-def settle(runner: Runner, sequences: Iterable[Sequence]) -> None:
-    """Copy their prompts to the slots of `sequences` that lack them."""
+def settle(runner: Runner, prefixes: PrefixCache, sequences: Iterable[Sequence]) -> None:
+    """Have the slots of `sequences` hold their prompts, but for what they can read where it is kept."""
     for sequence in sequences:
         leader, sequence.prompt_in = sequence.prompt_in, None
         if leader is not None and sequence.state is not SequenceState.FINISHED:
-            runner.copy(leader.slot, [sequence.slot], len(sequence.request.prompt_ids))
+            prefixes.follow(sequence, leader)
+            runner.copy(leader.slot, [sequence.slot], len(sequence.request.prompt_ids), places_of(sequence))
 
 
 def next_tokens(runner: Runner, sequences: tuple[Sequence, ...], drafts: Drafts) -> list[NewToken]:
-    """One decode step: the next token of every sequence, and as many draft tokens as the model agrees with."""
-    settle(runner, sequences)
+    """One decode step: the next token of every sequence, and after a draft as many more as the model agrees with.
+    All are settled."""
     singles: list[Sequence] = []
     beams: list[BeamSequence] = []
     for sequence in sequences:

@@ -142,8 +142,8 @@ class LeadingRunner(ShardRunner):
     def decode(self, rows: list[DecodeRow]) -> Logits:
         return self._led("decode", super().decode, rows)
 
-    def copy(self, source: int, targets: list[int], length: int) -> None:
-        self._led("copy", super().copy, source, targets, length)
+    def copy(self, source: int, targets: list[int], length: int, places: Sequence[int] = ()) -> None:
+        self._led("copy", super().copy, source, targets, length, places)
 
     def reorder(self, pairs: list[tuple[int, int]], start: int, stop: int) -> None:
         self._led("reorder", super().reorder, pairs, start, stop)
@@ -195,6 +195,8 @@ class LeadingRunner(ShardRunner):
 
 class _LedBlocks:
     """The first rank's `KVBlocks`, for the prefix cache."""
+
+    in_place = False
 
     def __init__(self, runner: LeadingRunner) -> None:
         self._runner = runner
