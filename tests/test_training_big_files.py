@@ -1,24 +1,36 @@
-"""A file of many rows: memory that does not grow with it, and a run that resumes in the middle of an epoch."""
+"""Many rows: memory that does not grow with their tokens, and a run that resumes in the middle of an epoch."""
 
-import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from datasets import Dataset
+from datasets.arrow_writer import ArrowWriter
 from training_runs import DiesAfterCheckpoint, Interrupted, context_for, parameters, run, same, spec_for
 
+from pedro.data.dataset import _features
 from pedro.training.loop import train
 
-ROWS, FEW = 200_000, 20_000
-MOST_BYTES = 40e6
+FEW, MANY, TOKENS = 1_000, 200_000, 64
+MOST_BYTES = 25e6
 
 
-def write(path: Path, count: int) -> Path:
-    """Prompts of about 60 tokens, all different."""
-    with path.open("w") as file:
-        for number in range(count):
-            prompt = f"item {number} shade {number % 7}: play with the big friend in the park, then go home and eat"
-            file.write(json.dumps({"prompt": prompt, "completion": "red blue green"[: 3 + number % 11]}) + "\n")
+def rows_on_disk(path: Path, count: int) -> Path:
+    """Random rows as `load_rows` writes them, without the minutes that a tokenizer takes."""
+    random = np.random.default_rng(0)
+    ids = pa.array(random.integers(3, 400, count * TOKENS, dtype=np.int32))
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * TOKENS), ids),
+        "prompt_len": pa.array(np.full(count, TOKENS - 4, dtype=np.int32)),
+        "split_hash": pa.array(random.random(count)),
+        "completion": pa.array(["red"] * count),
+        "line": pa.array(np.arange(1, count + 1)),
+    }
+    with ArrowWriter(path=str(path), features=_features(False)) as writer:
+        writer.write_table(pa.table(columns), writer_batch_size=1000)
+        writer.finalize()
     return path
 
 
@@ -30,28 +42,25 @@ def own_memory() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1])
 
 
-@pytest.mark.slow
-def test_many_rows_take_no_memory_and_a_run_resumes_among_them(tmp_path):
-    """Of ten times the rows, 60 MB and more of tokens, a little is kept: a hash and a place of each."""
-    grown, contexts = {}, {}
-    for count in (FEW, ROWS):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        write(folder / "train.jsonl", count)
-        spec = spec_for(folder, batch_size=16, checkpoint_every=2)
-        before = own_memory()
-        context = contexts[count] = context_for(spec, folder)
-        run(context, folder / "whole")
-        grown[count] = own_memory() - before
-    (tokens,) = (tmp_path / str(ROWS) / "cache" / "rows").glob("*/rows.arrow")
-    assert tokens.stat().st_size > 60e6
-    assert grown[ROWS] < max(0, grown[FEW]) + MOST_BYTES
+def test_many_rows_take_little_memory_and_a_run_resumes_among_them(tmp_path, monkeypatch):
+    """Of 51 MB of tokens a hash and a few places of each row are kept."""
+    files = {count: rows_on_disk(tmp_path / f"{count}.arrow", count) for count in (FEW, MANY)}
+    assert files[MANY].stat().st_size > 2 * MOST_BYTES
+    spec = spec_for(tmp_path, max_steps=4, eval_every=4, checkpoint_every=2, eval_rows=16)
 
-    whole, folder = contexts[ROWS], tmp_path / str(ROWS)
-    assert whole.plan.steps * whole.plan.batch_size < len(whole.data.train) / 100, "in the first epoch"
-    broken = context_for(whole.spec, folder)
+    def context(count):
+        monkeypatch.setattr("pedro.training.prepare.load_rows", lambda *_: Dataset.from_file(str(files[count])))
+        return context_for(spec, tmp_path)
+
+    run(context(FEW), tmp_path / "few")  # what is made once is there by then
+    before = own_memory()
+    whole = context(MANY)
+    run(whole, tmp_path / "whole")
+    assert own_memory() - before < MOST_BYTES
+
+    assert whole.plan.steps * whole.plan.batch_size < len(whole.data.train) / 1000, "in the first epoch"
+    broken, resumed = context(MANY), context(MANY)
     with pytest.raises(Interrupted):
-        train(broken.engine, broken.alternation, broken.plan, broken.data, DiesAfterCheckpoint(folder / "run", 4))
-    resumed = context_for(whole.spec, folder)
-    run(resumed, folder / "run")
+        train(broken.engine, broken.alternation, broken.plan, broken.data, DiesAfterCheckpoint(tmp_path / "run", 2))
+    run(resumed, tmp_path / "run")
     assert same(parameters(resumed), parameters(whole))
