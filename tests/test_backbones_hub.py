@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
+from cli_commands import command_runner
 
 from pedro.backbone import EMBEDDED, kept_backbones, resolve_backbone
 
@@ -90,20 +91,46 @@ def hub():
     server.server_close()
 
 
-def _pull_from(hub, home, *words, what="someone/tiny"):
-    """`pedro backbones pull` in a process of its own, whose hub this is."""
-    address = f"http://127.0.0.1:{hub.server_address[1]}" if hub else "http://127.0.0.1:9"
+@pytest.fixture
+def pull(home, monkeypatch, capfd):
+    """`pedro backbones pull` in this process, from this hub instead of the one that was set when the library loaded."""
+    from huggingface_hub import constants
+
+    pedro = command_runner(monkeypatch, capfd)
+
+    def pull(hub, what="someone/tiny"):
+        address = _address(hub)
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(home.parent / "hf"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 5,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        status, out, err = pedro("backbones", "pull", what, "--json", HF_TOKEN="")
+        return status, json.loads(out), err
+
+    return pull
+
+
+def _address(hub):
+    return f"http://127.0.0.1:{hub.server_address[1]}" if hub else "http://127.0.0.1:9"
+
+
+def _pull_from(hub, home):
+    """The same in a process of its own, by the variables that a user sets."""
     names = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HOME", "HF_HUB_DOWNLOAD_TIMEOUT")
-    values = dict(zip(names, (address, "1", str(home.parent / "hf"), "5"), strict=True))
+    values = dict(zip(names, (_address(hub), "1", str(home.parent / "hf"), "5"), strict=True))
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         values[name] = ""
-    command = [sys.executable, "-m", "pedro.cli", "backbones", "pull", what, "--json", *words]
+    command = [sys.executable, "-m", "pedro.cli", "backbones", "pull", "someone/tiny", "--json"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **values})
     assert "Traceback" not in run.stderr, run.stderr
     return run.returncode, json.loads(run.stdout), run.stderr
 
 
-def test_a_model_of_the_hub_is_kept_at_its_commit(home, hub):
+def test_a_model_of_the_hub_is_kept_at_its_commit(home, hub, pull):
     status, said, err = _pull_from(hub, home)
     assert status == 0, err
     assert said["name"] == "tiny"
@@ -113,38 +140,38 @@ def test_a_model_of_the_hub_is_kept_at_its_commit(home, hub):
     assert resolve_backbone("tiny").digest == resolve_backbone("stories260K").digest
     assert not (home / "cache" / "backbones" / "hub-tiny").exists()
     asked = list(_Hub.asked)
-    assert _pull_from(hub, home)[1]["made"] is False
+    assert pull(hub)[1]["made"] is False
     assert _Hub.asked == asked
 
 
-def test_a_pull_that_broke_off_keeps_the_files_that_came(home, hub):
+def test_a_pull_that_broke_off_keeps_the_files_that_came(hub, pull):
     hub.breaks = True
-    status, said, _ = _pull_from(hub, home)
+    status, said, _ = pull(hub)
     assert status == 1
     assert "someone/tiny' could not be fetched from the hub" in said["error"]["message"]
     assert "keeps the files that have come" in said["error"]["message"]
     assert kept_backbones() == []
     hub.breaks = False
     _Hub.asked = []
-    status, _, err = _pull_from(hub, home)
+    status, _, err = pull(hub)
     assert status == 0, err
     assert set(_Hub.asked).isdisjoint({"config.json", "tokenizer_config.json"})
 
 
-def test_a_file_of_the_hub_that_is_not_the_one_it_names_is_refused(home, hub):
+def test_a_file_of_the_hub_that_is_not_the_one_it_names_is_refused(hub, pull):
     hub.lies = True
-    status, said, _ = _pull_from(hub, home)
+    status, said, _ = pull(hub)
     assert status == 1
     assert "model.safetensors of someone/tiny has sha256 " in said["error"]["message"]
     assert f"not {'9' * 64}" in said["error"]["message"]
     assert kept_backbones() == []
 
 
-def test_a_hub_id_without_a_connection_or_that_there_is_not_is_one_line(home, hub):
-    status, said, _ = _pull_from(None, home)
+def test_a_hub_id_without_a_connection_or_that_there_is_not_is_one_line(hub, pull):
+    status, said, _ = pull(None)
     assert status == 1
     assert "backbone: 'someone/tiny' could not be fetched from the hub (" in said["error"]["message"]
-    status, said, _ = _pull_from(hub, home, what="someone/else")
+    status, said, _ = pull(hub, "someone/else")
     assert status == 1
     assert "the hub has no model 'someone/else' that is open to you" in said["error"]["message"]
     assert kept_backbones() == []
