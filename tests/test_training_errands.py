@@ -250,7 +250,7 @@ def test_what_the_first_worker_cannot_have_ends_the_others_too(tmp_path, monkeyp
     steps = []
     model = SimpleNamespace(plan=SimpleNamespace(steps=1))
     monkeypatch.setattr("pedro.training.context.engine_for", lambda *_: None)
-    monkeypatch.setattr("pedro.training.context.build_context", lambda *_: steps.append("built") or model)
+    monkeypatch.setattr("pedro.training.context.build_context", lambda *_, **__: steps.append("built") or model)
     monkeypatch.setattr("pedro.training.worker.train_and_score", lambda *_: steps.append("trained"))
     monkeypatch.setattr("pedro.training.worker.save", lambda *_: steps.append("saved"))
     monkeypatch.setattr(trainer, "_report", lambda *_: steps.append("waits for ever"))
