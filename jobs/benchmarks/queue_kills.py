@@ -1,11 +1,12 @@
 """Five fine-tunes in the queue, and what carries them killed in their middle: each must end once, and as undisturbed.
 
 Nothing is simulated: the store is in PostgreSQL, the jobs train on a local Ray head of a home of its own, two at a
-time (`job_rounds.py`). At last, what 200 jobs cost that only wait.
+time (`job_rounds.py`). Then rounds of two jobs, each disturbed as a seed has it, and what 200 jobs cost that only wait.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from contextlib import closing, suppress
@@ -16,9 +17,11 @@ import psutil
 
 from jobs.benchmarks.home_processes import of_home
 from jobs.benchmarks.job_rounds import (
+    CHECKPOINT,
     CHECKPOINT_EVERY,
     CONTROLLER,
     DATABASE,
+    DRIVER,
     HEAD,
     PAUSED,
     STEPS,
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("case", "jobs", "running", "waiting", "succeeded", "once", "as_undisturbed", "tokens", "starts", "seconds"),
-    *("more_mb", "more_processes"),
+    *("fell_back", "more_mb", "more_processes"),
 )
 JOBS, QUICK_JOBS = 5, 2
 KILLED = "killed"
@@ -48,19 +51,22 @@ CASES: dict[str, tuple[str, ...]] = {
     PAUSED: (PAUSED,),
 }
 QUICK = (UNDISTURBED, KILLED)
+DRAWN, EACH, ROUNDS, SEED = (WORKER, DRIVER, CONTROLLER, HEAD, DATABASE, CHECKPOINT), 2, 20, 0
 WAITING, WAITING_MB, ROUNDS_S = 200, 1024.0, 5.0
 ENDED = ("succeeded", "once", "as_undisturbed", "tokens")
 
 
 def queue_report(options: Options, log: Log) -> BenchmarkReport:
-    """A round of jobs for each case."""
+    """A round of jobs for each case, then `--rounds` of drawn ones."""
     from jobs.benchmarks.postgres_server import running_server
     from pedro.registry import Registry
     from pedro.serving.deploy import end
     from pedro.training.queue.process import end_controller
 
     jobs = QUICK_JOBS if options.quick else JOBS
+    drawn = options.rounds or (0 if options.quick else ROUNDS)
     report = BenchmarkReport("queue", {"jobs": jobs, "steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY})
+    report.settings |= {"rounds": drawn, "seed": SEED}
     home = bench_folder() / "queue"
     with running_server() as postgres:
         env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": postgres.ready_database()}
@@ -75,16 +81,31 @@ def queue_report(options: Options, log: Log) -> BenchmarkReport:
                 rounds = JobRounds(settings, store, postgres, log)
                 for number, case in enumerate(QUICK if options.quick else CASES):
                     report.rows.append(rounds.run(f"r{number}", case, jobs, CASES[case]))
+                if drawn:
+                    report.rows.append(_drawn(rounds, drawn))
                 waiting = _waiting(rounds, settings, store, WAITING, log)
         finally:
             end_controller(settings)
             end(settings)
             shutil.rmtree(home, ignore_errors=True)
     for row in report.rows:
-        report.targets += [Target(f"{row['case']}: {what}", jobs, exactly(row[what])) for what in ENDED]
+        report.targets += [Target(f"{row['case']}: {what}", row["jobs"], exactly(row[what])) for what in ENDED]
     report.rows.append(waiting)
     report.targets.append(Target(f"{waiting['case']}: MB", WAITING_MB, exactly(waiting["more_mb"]), at_most=True))
     return report
+
+
+def _drawn(rounds: JobRounds, count: int) -> dict[str, Any]:
+    """All rounds of two jobs and two disturbances together."""
+    rng = random.Random(SEED)  # noqa: S311
+    rows = [
+        rounds.run(f"d{n}", f"round {n} of {count}", QUICK_JOBS, rng.sample(DRAWN, EACH), all_of_them=False)
+        for n in range(1, count + 1)
+    ]
+    sums = {key: sum(row[key] for row in rows) for key in ("jobs", *ENDED, "starts", "fell_back")}
+    disturbed = sum(len(row.get("disturbed", ())) for row in rows)
+    seconds = round(sum(row["seconds"] for row in rows), 1)
+    return {"case": f"{count} rounds drawn", "disturbed": disturbed, **sums, "seconds": seconds}
 
 
 def _waiting(rounds: JobRounds, settings: Settings, store: Store, count: int, log: Log) -> dict[str, Any]:
