@@ -65,8 +65,8 @@ def queue_report(options: Options, log: Log) -> BenchmarkReport:
 
     jobs = QUICK_JOBS if options.quick else JOBS
     drawn = options.rounds or (0 if options.quick else ROUNDS)
-    report = BenchmarkReport("queue", {"jobs": jobs, "steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY})
-    report.settings |= {"rounds": drawn, "seed": SEED}
+    sizes = {"jobs": jobs, "steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "rounds": drawn, "seed": SEED}
+    report = BenchmarkReport("queue", sizes)
     home = bench_folder() / "queue"
     with running_server() as postgres:
         env = {"PEDRO_HOME": str(home), "PEDRO_DATABASE_URL": postgres.ready_database()}

@@ -164,7 +164,7 @@ SERVER_BENCHMARKS = {
         scaleout.COLUMNS,
     ),
     "queue": Benchmark(
-        "five fine-tunes, and a worker, the controller, the Ray head and PostgreSQL killed in their middle",
+        "five fine-tunes, what carries them killed in their middle; then --rounds (20) of two jobs and drawn kills",
         queue_kills.queue_report,
         queue_kills.COLUMNS,
     ),
