@@ -38,11 +38,9 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         "batch": load.batch,
         "steps": load.steps,
         "method": "pedro",
-        "training": {"gradient_checkpointing": True},
+        "training": CHECKPOINTED,
     }
-    report = BenchmarkReport(
-        "sharding", {"backbone": size.title, "workers": WORKERS, **vars(load), **setup["training"]}
-    )
+    report = BenchmarkReport("sharding", {"backbone": size.title, "workers": WORKERS, **vars(load), **CHECKPOINTED})
     for stage in STAGES:
         found = measure({**setup, "resources": {"workers": WORKERS, "zero_stage": stage}}, log)
         report.rows.append({"stage": stage, "method": setup["method"], **found})
