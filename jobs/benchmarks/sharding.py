@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SIZE = ModelSize("300M", "313 M", 1024, 24, 16, 16, 2816, True, vocab=4096)
 QUICK = ModelSize("65M", "65 M", 512, 20, 8, 8, 1376, True, vocab=4096)
 WORKERS, STAGES = 2, (0, 3)
+CHECKPOINTED = {"gradient_checkpointing": True}
 MOST, PROMISE_WITHIN = 0.6, 0.15
 
 

@@ -258,10 +258,10 @@ class ComparisonSpec(Frozen):
                     Untrained.of(method.options).check(task.task, scored)
         if self.forgetting and self.forgetting.task in names:
             raise ValueError(f"forgetting.task: {self.forgetting.task} is trained on; name a task that is not")
-        for where, training in self._trainings():
-            if "seed" in training:
+        for where, given in self._trainings():
+            if "seed" in given:
                 raise ValueError(f"{where}.seed: `seeds` of the comparison says which; leave it out here")
-            if "lr" in training and self.tune:
+            if "lr" in given and self.tune:
                 raise ValueError(f"{where}.lr: `tune` searches the learning rate; leave out one of the two")
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,6 @@ from pedro.training.memory import Footprint
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
 WEIGHT = ".weight"
 
@@ -33,7 +32,7 @@ def load_quantised(backbone: Backbone, dtype: str, kind: str, device: str) -> nn
     Raises BackboneError for files that cannot be read.
     """
     check_dtype_and_device(dtype, device)
-    model: nn.Module
+    model: Any
     if can_be_cut(backbone):
         model = load_in_pieces(backbone, dtype, torch.device("cpu"), nullcontext())  # no memory behind it yet
         fill(backbone, _tensors(model, kind, device))
@@ -42,9 +41,10 @@ def load_quantised(backbone: Backbone, dtype: str, kind: str, device: str) -> nn
         for name in projections(model):
             _quantise(model, name, kind, device)
     if device == "cpu" and dtype != "float32":  # as `load_model` has it
-        attend_in_float32(cast("PreTrainedModel", model))
+        attend_in_float32(model)
     release_freed_memory()
-    return model.to(device)
+    on_device: nn.Module = model.to(device)
+    return on_device
 
 
 def projections(model: nn.Module) -> list[str]:
