@@ -75,6 +75,7 @@ def _tensors(model: nn.Module, kind: str, device: str) -> Iterator[Piece]:
         del numbers
         if name in chosen:
             _quantise(model, name.removesuffix(WEIGHT), kind, device)
+            release_freed_memory()  # of the weights before, which the C library would keep
 
 
 def _quantise(model: nn.Module, name: str, kind: str, device: str) -> None:
