@@ -202,9 +202,9 @@ def test_a_home_with_anything_in_it_stays_as_it_is(archive, new, tmp_path):
     refused(new, archive, r"has rows.*set PEDRO_HOME to a new folder", ConflictError)
     assert rows_of(new.database_url) == rows
     elsewhere = settings_of(new.home, f"sqlite:///{tmp_path}/other.db")
-    refused(elsewhere, archive, r"mlflow\.db is there already.*set PEDRO_HOME to a new folder", ConflictError)
+    refused(elsewhere, archive, r"mlflow\.db already exists.*set PEDRO_HOME to a new folder", ConflictError)
     (new.home / "mlflow.db").unlink()
-    refused(elsewhere, archive, "artifacts is there already", ConflictError)
+    refused(elsewhere, archive, "artifacts already exists", ConflictError)
     assert not (tmp_path / "other.db").exists()
 
 

@@ -368,7 +368,7 @@ def test_a_preempted_request_goes_on_from_what_was_kept_of_it_and_tells_what_was
     read = []
     begin = engine._runner.begin
     engine._runner.begin = lambda rows: (read.extend((len(r.token_ids), r.num_cached) for r in rows), begin(rows))
-    one = request("long", ids, 60, tenant="a", adapter=kind, ignore_eos=True)
+    one = request("long", ids, 80, tenant="a", adapter=kind, ignore_eos=True)
     engine.add(one)
     answers = drain(engine, until=lambda made: "long" in made and len(made["long"].token_ids) > 30)
     engine.add(request("other", [*BEGINNING, 6], 4, tenant="b"))

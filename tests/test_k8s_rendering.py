@@ -70,7 +70,7 @@ def test_the_monitoring_component_names_its_secret_and_hands_the_dashboard_over(
     assert scrape["staticConfigs"] == [{"targets": ["pedro-serve-svc.pedro.svc:8000"]}]
     secret = scrape["authorization"]["credentials"]
     guide = (ROOT / "k8s" / "README.md").read_text("utf-8")
-    assert f"secret generic {secret['name']} --from-literal={secret['key']}=" in guide
+    assert f"secret generic {secret['name']} --from-file={secret['key']}=/dev/stdin" in guide
     board = one(objects, "ConfigMap", "pedro-grafana-dashboard")
     assert board["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(board["data"]["pedro.json"])["title"] == "pedro"

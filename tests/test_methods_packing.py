@@ -100,6 +100,10 @@ def test_what_depends_on_rows_is_not_packed():
     assert not can_pack(model)
     activated = get_peft_model(tiny_backbone(), LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]))
     assert not can_pack(activated)
+    averaged = get_peft_model(
+        tiny_backbone(), LoraConfig(task_type="CAUSAL_LM", velora_config={"init_type": "batch_average"})
+    )
+    assert not can_pack(averaged)
     eager = tuned(changes={"attn_implementation": "eager"})
     assert not can_pack(eager)
 

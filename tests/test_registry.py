@@ -138,6 +138,8 @@ def test_a_store_that_is_away_is_no_store_without_the_files(registry, register, 
             patch.setattr(registry.client, call, away)
         with pytest.raises(UnavailableError, match="could not be copied"):
             registry.download(version)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            registry.download(version)
         assert registry._probe.acquire(), "another thread finds out whether it is there again"
         with pytest.raises(UnavailableError, match="does not answer"):
             registry.download(version)

@@ -135,6 +135,7 @@ def test_a_server_that_is_gone_again_before_it_was_asked_is_waited_for(port):
     servers = []
 
     def ready():
+        until(lambda: servers)
         if len(servers) == 1:
             servers[0].die()
         return True
@@ -313,12 +314,34 @@ def test_behind_the_kept_port_each_client_is_known_by_its_address_and_bounded_by
             until(lambda: not BoundedProtocol.held)
 
 
-def test_who_is_passed_on_twice_is_named_once(port, shared):
-    """The server was gone again, and the connection came to the kept port a second time."""
-    keeper = Door("127.0.0.1", port, lambda: True, lambda: True)
-    once = keeper._introduced("203.0.113.1", b"GET /")
-    assert once.endswith(b"\r\nGET /")
-    assert keeper._introduced("127.0.0.1", once) == once
+def test_when_the_server_is_gone_again_who_waits_is_still_counted_by_his_own_address(port, monkeypatch):
+    """And who leaves in that time has asked nothing."""
+    monkeypatch.setenv("PEDRO_HTTP_CONNECTIONS_PER_CLIENT", "2")
+    servers, sources = [], ("127.0.0.1", "127.0.0.1", "127.0.0.2", "127.0.0.2")
+
+    def ready():
+        until(lambda: servers)
+        if len(servers) == 1:
+            servers[0].die()
+        return True
+
+    with watched(port, ready, host="0.0.0.0") as keeper:
+        until(lambda: listeners(port))
+        lines = [socket.create_connection(("127.0.0.1", port), GUARD_S, (source, 0)) for source in sources]
+        for number, line in enumerate(lines):
+            line.sendall(b"%d\n" % number)
+        until(lambda: keeper._held == {"127.0.0.1": 2, "127.0.0.2": 2})
+        servers.append(Server(port, "0.0.0.0"))
+        until(lambda: servers[0]._listener.fileno() == -1)
+        until(lambda: keeper._holds)
+        lines[0].close()
+        until(lambda: keeper._held == {"127.0.0.1": 1, "127.0.0.2": 2})
+        servers.append(Server(port, "0.0.0.0"))
+        assert [line.recv(9) for line in lines[1:]] == [b"1\n", b"2\n", b"3\n"]
+        assert b"0\n" not in servers[1].heard
+        for line in lines:
+            line.close()
+        servers[1].die()
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")

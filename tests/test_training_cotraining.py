@@ -228,10 +228,10 @@ def test_what_cannot_be_shared_is_said_with_the_spec(tmp_path):
     for changes, said in [
         ({"resources": {"share": True, "workers": 2}}, "jobs share one worker, not 2"),
         ({"resources": {"share": True, "zero_stage": 1}}, "zero_stage 1 shards"),
-        ({"method": {"name": "adalora"}}, "method adalora trains alone"),
+        ({"method": {"name": "adalora"}}, "method adalora cannot share"),
         ({"method": {"name": "lora", "dropout": 0.1}}, "method.dropout would draw"),
         ({"method": {"name": "pedro", "conditioning": "system"}}, "set method.head_end"),
-        ({"objective": "dpo", "gate": {}}, "objective dpo trains alone"),
+        ({"objective": "dpo", "gate": {}}, "objective dpo cannot share"),
     ]:
         fields = {**shared(tmp_path, 0).to_dict(), **changes}
         with pytest.raises(ValueError, match=said):

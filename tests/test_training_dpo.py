@@ -217,7 +217,7 @@ def test_what_does_not_go_with_the_objective_is_refused_by_name(tmp_path):
     tree = dpo_spec_for(tmp_path).to_dict()
     wrong = {
         "which method full changes": {"method": {"name": "full"}},
-        "gate.metric: accuracy is not measured under dpo; give preference_accuracy or loss": {
+        "gate.metric: accuracy is not measured with dpo; use preference_accuracy or loss": {
             "gate": {"metric": "accuracy"}
         },
         "dpo: only for objective dpo; set objective: dpo": {"objective": "supervised", "gate": {}},
@@ -227,7 +227,7 @@ def test_what_does_not_go_with_the_objective_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=reason):
             FineTuneSpec.model_validate({**tree, **change})
     supervised = {name: value for name, value in tree.items() if name not in ("objective", "dpo", "gate")}
-    with pytest.raises(ValueError, match=r"preference_accuracy is not measured under supervised"):
+    with pytest.raises(ValueError, match=r"preference_accuracy is not measured with supervised"):
         FineTuneSpec.model_validate({**supervised, "gate": {"metric": "preference_accuracy"}})
     biased = dpo_spec_for(tmp_path, {"peft_type": "LORA", "r": 2, "bias": "all", "target_modules": ["q_proj"]})
     for refusing in (lambda: context_for(biased, tmp_path), lambda: dry_run(biased, calibrated=False)):

@@ -360,7 +360,7 @@ def test_ending_the_cluster_names_the_jobs_that_run_and_wants_a_yes(home, tmp_pa
     while store.get_job(job).status != "running":
         time.sleep(0.2)
     env = {**os.environ, **settings.env()}
-    with pytest.raises(ConfigError, match=r"needs 4096 CPU, and this machine has \d+ CPU; lower"):
+    with pytest.raises(ConfigError, match=r"needs 4096 CPU, but this machine has \d+ CPU; lower"):
         check_fits(spec_for(tmp_path, resources={"cpus_per_worker": 4096}), settings)
     words = [sys.executable, "-m", "pedro.cli", "down"]
     refused = subprocess.run(words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

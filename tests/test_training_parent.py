@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -67,6 +68,16 @@ def test_a_parent_is_pinned_to_a_version_and_gives_its_method(store):
         assert FineTuneSpec.model_validate(pinned.to_dict()) == pinned
     assert pin_parent(spec(parent="acme.colours", method={"name": "lora", "r": 4}), store).parent == "acme.colours:1"
     assert "parent" not in pin_parent(spec(), store).to_dict()
+
+
+def test_what_the_parents_method_cannot_do_is_refused_when_the_job_is_handed_in(store, monkeypatch):
+    quantised = spec(parent="acme.colours", training={"backbone_dtype": "nf4"})
+    assert pin_parent(quantised, store).method.name == "lora"
+    monkeypatch.setattr(
+        store, "get_own_version", lambda *_: SimpleNamespace(ref="acme.e:1", spec={"method": {"name": "ether"}})
+    )
+    with pytest.raises(ConfigError, match=r"backbone_dtype: nf4: method ether"):
+        pin_parent(quantised, store)
 
 
 def test_preferences_are_learnt_from_a_fresh_adapter():

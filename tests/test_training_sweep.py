@@ -294,7 +294,7 @@ def test_a_sweep_goes_on_from_one_version_with_its_method_and_is_found_by_what_i
     with pytest.raises(NotFoundError, match="parent"):
         launch.create(other, settings)
     store.close()
-    with pytest.raises(ValidationError, match=r"space\.method\.r: cannot vary: trials go on from base\.parent"):
+    with pytest.raises(ValidationError, match=r"space\.method\.r: cannot vary: trials continue base\.parent"):
         SweepSpec.model_validate({**spec.to_dict(), "space": WIDTHS})
 
 

@@ -15,6 +15,7 @@ from ray.train import Checkpoint
 from retention_home import open_home
 from serving_adapters import stub_adapter
 
+from pedro.errors import UnavailableError
 from pedro.store import checkpoint_gate, checkpoint_of
 from pedro.training.outbox import MODEL
 from pedro.training.waiting_checkpoints import MADE, WAITING, keep, waiting
@@ -62,6 +63,30 @@ def test_what_waited_in_a_driver_that_was_killed_becomes_versions_once_when_the_
     over.set()
     killed.close()
     assert published(registry, job) == ([5, 10], [5, 10])
+
+
+def test_a_checkpoint_that_could_not_be_published_is_at_the_drivers_end_or_by_the_next(home, tmp_path, monkeypatch):
+    settings, registry = home
+    job = registry.store.create_job("acme", "colours", {}).id
+    run = registry.start_run(experiment="acme.colours", name=job, params={}, tags={})
+    stub_adapter(tmp_path / "adapter", "one", "sha256:bb")
+    kept = keep(
+        f"{settings.storage}/runs/{job}", partial(shutil.copytree, tmp_path / "adapter", dirs_exist_ok=True), made_at(7)
+    )
+
+    def away(*_):
+        tries.append(1)
+        raise UnavailableError("the registry does not answer")
+
+    tries = []
+    with monkeypatch.context() as patched:
+        patched.setattr("pedro.training.errands.publish", away)
+        ended(started(settings, Worker(), run, job))
+    assert len(tries) == 2, "at its end once more"
+    assert waiting(f"{settings.storage}/runs/{job}") == [kept]
+    ended(started(settings, Worker(), run, job))
+    assert published(registry, job) == ([7], [7])
+    assert waiting(f"{settings.storage}/runs/{job}") == []
 
 
 def test_a_checkpoint_that_was_kept_as_the_driver_was_killed_is_published_by_the_next(home, tmp_path, capsys):

@@ -35,8 +35,11 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query [B, H, T, d] -> [B, T, H, d], in the model's dtype."""
+    function: Any = sdpa_attention_forward
+    if query.device.type != "cpu":  # the model was moved
+        made, _ = function(module, query, key, value, attention_mask, **options)
+        return made, None
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.float()
-    function: Any = sdpa_attention_forward
     made, _ = function(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return made.to(query.dtype), None

@@ -108,16 +108,18 @@ class Tracer:
         self._provider = TracerProvider(resource=resource, id_generator=self._ids, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("pedro")
+        self._over = threading.Event()
+        self._sending = threading.Thread(target=self._send_last, name=LAST, daemon=True)  # none can begin at exit
+        self._sending.start()
 
     def close(self) -> None:
         """Send what is left. The exporter tries for half a minute where nobody answers, which nobody waits for."""
-        sending = threading.Thread(target=self._provider.shutdown, name=LAST, daemon=True)
-        try:
-            sending.start()
-        except RuntimeError:  # as the interpreter ends, where no thread can begin
-            self._provider.shutdown()
-        else:
-            sending.join(LAST_S)
+        self._over.set()
+        self._sending.join(LAST_S)
+
+    def _send_last(self) -> None:
+        self._over.wait()
+        self._provider.shutdown()
 
     def begin(self, name: str, parent: str, facts: Mapping[str, Any], begun_ns: int | None = None) -> Span:
         """A span that whoever began it ends."""

@@ -264,16 +264,14 @@ class AdapterPool(Generic[A]):
         """Make the loaded adapter ready as soon as it fits."""
         with self._changed:
             if adapter.nbytes > self.budget_bytes:
-                raise AdapterError(
-                    f"adapter {entry.ref!r} takes {adapter.nbytes:,} bytes and the engine keeps {self.budget_bytes:,} "
-                    "for all adapters; raise adapter_bytes or train a smaller one"
-                )
+                log.warning("adapter %s takes %d bytes of %d for all", entry.ref, adapter.nbytes, self.budget_bytes)
+                raise AdapterError("it is larger than the engine's memory for adapters; train a smaller one")
             while self._is_current(entry) and not self._make_room(adapter.nbytes):
                 if self._pinned_bytes + adapter.nbytes > self.budget_bytes:  # waiting would not help
                     log.warning(self._no_room(adapter.nbytes, entry.ref))  # tenants must not see these numbers
                     raise UnavailableError(
-                        f"adapter {entry.ref!r} has no room beside the pinned ones; an operator must unpin or unload "
-                        "one of them",
+                        f"model: {without_digest(entry.ref)} has no room beside the pinned adapters; an operator must "
+                        "unpin or unload one of them",
                         code=NO_ROOM,
                     )
                 self._changed.wait()

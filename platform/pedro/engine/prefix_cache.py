@@ -356,11 +356,13 @@ class PrefixCache:
 
     def _evict(self) -> bool:
         """Drop the least recently used entry without references; False if there is none."""
-        key = next((key for key, entry in self._entries.items() if not entry.refcount), None)
-        if key is None:
-            return False
-        self._drop(key)
-        return True
+        for _ in range(len(self._entries)):
+            key = next(iter(self._entries))
+            if not self._entries[key].refcount:
+                self._drop(key)
+                return True
+            self._entries.move_to_end(key)  # is read now: passed over once, not for each block
+        return False
 
     def _drop(self, key: EntryKey) -> None:
         """Let the entry not be found any more; its memory is free once nothing refers to it."""

@@ -98,6 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
             if (told := read_line(self._said, self.key)) is None:
                 return
             address, data = told
+            self._said = b""
             if address and self.client is not None:
                 self.client = (plain(address), self.client[1])
             if not self._count(self._who()) or not data:  # nothing is said yet but who speaks
@@ -121,7 +122,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether it may stay, as one of this client's alone."""
         self._forget()
         most = self.limits.connections_per_client
-        if most and self.held[client] >= (MOST_HELD if client == UNTOLD else most):
+        most = MOST_HELD if client == UNTOLD and most else most
+        if most and self.held[client] >= most:
             told = f"This address holds {most} connections, which is the most; close some of them."
             self._end(503, told, "overloaded")
             return False

@@ -188,7 +188,8 @@ def _tuner(model: Any) -> Any:
 def _is_tokenwise(tuner: Any) -> bool:
     if not isinstance(tuner, TOKENWISE):
         return False
-    return not any(getattr(config, "alora_invocation_tokens", None) for config in tuner.peft_config.values())
+    across = ("alora_invocation_tokens", "velora_config")  # these look at other tokens, too
+    return not any(getattr(config, name, None) for config in tuner.peft_config.values() for name in across)
 
 
 def _drops(model: Any) -> bool:

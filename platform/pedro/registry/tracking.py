@@ -73,36 +73,41 @@ class Tracking(Connection):
         """Copy what `log_artifacts` put under `path` into a directory; where it is then.
 
         Raises AdapterError if it is gone, UnavailableError if the store does not answer or the copy cannot be written.
-        A store that does not answer keeps a thread for seconds: until it does again, one at a time asks it, and all
-        others fail at once.
+        A store that does not answer keeps a thread for seconds: after a download that failed one thread at a time asks
+        whether it does, and until then all others fail at once.
         """
-        probing = self._away.is_set()
-        if probing and not self._probe.acquire(blocking=False):
-            raise UnavailableError(f"{of}: the registry's artifact store does not answer; try again later")
+        if self._away.is_set():
+            away = f"{of}: the registry's artifact store does not answer; try again later"
+            if not self._probe.acquire(blocking=False):
+                raise UnavailableError(away)
+            try:
+                if self._has_artifacts(run_id, path) is None:
+                    raise UnavailableError(away)
+            finally:
+                self._probe.release()
+            self._away.clear()
         try:
-            directory = Path(self.client.download_artifacts(run_id, path, str(into)))
-        except (self.error, OSError) as error:
-            if not self._has_artifacts(run_id, path):
+            return Path(self.client.download_artifacts(run_id, path, str(into)))
+        except Exception as error:  # MLflow's, a disk's, or one of a storage's client
+            self._away.set()  # first: the next question may take as long
+            there = self._has_artifacts(run_id, path)
+            if there is not None:
+                self._away.clear()
+            if there is False:
                 raise AdapterError(f"{of}: its files are gone from the registry's artifact store") from error
-            self._away.set()
             why = str(error).partition("\n")[0]
             raise UnavailableError(
                 f"{of}: its files could not be copied from the artifact store ({why:.200})"
             ) from error
-        finally:
-            if probing:
-                self._probe.release()
-        self._away.clear()
-        return directory
 
-    def _has_artifacts(self, run_id: str, path: str) -> bool:
-        """Whether a run has files under `path`; True while that cannot be known."""
+    def _has_artifacts(self, run_id: str, path: str) -> bool | None:
+        """Whether a run has files under `path`; None while the store does not answer."""
         try:
             return bool(self.client.list_artifacts(run_id, path))
         except self.error as error:
-            return not self.is_missing(error)
-        except OSError:
-            return True
+            return False if self.is_missing(error) else None
+        except Exception:  # noqa: BLE001 (a storage's client raises any type)
+            return None
 
     def reopen_run(self, run_id: str) -> None:
         """Go on with a run that was closed, or whose writer is gone."""

@@ -15,15 +15,16 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pedro.gateway.connections import ConnectionLimits
 from pedro.gateway.not_yet import NOT_SERVED
-from pedro.gateway.passed_connections import MOST_HELD, counted_as, line_for, plain, read_line, shared_key
+from pedro.gateway.passed_connections import MOST_HELD, counted_as, line_for, plain, shared_key
 
 LOOK_S, LET_IN_S = 0.1, 0.02
 PATIENCE_S = 300.0  # a head and its server are back within a minute or two; clients wait ten
+MOST_FROM_ONE = MOST_HELD // 4  # so that no client alone takes all places
 PIECE = 2**14
 MOST_SAID = 2**16  # bytes buffered per connection before they can be forwarded
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
@@ -42,7 +43,8 @@ class Door:
         self._host, self._port, self._wanted, self._ready = host, port, wanted, ready
         self._over = threading.Event()
         self._held: Counter[str] = Counter()  # connections by client
-        self._most = ConnectionLimits.from_env().connections_per_client
+        self._holds = False  # this itself listens
+        self._most = min(ConnectionLimits.from_env().connections_per_client or MOST_HELD, MOST_FROM_ONE)
         self._key = shared_key()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
@@ -75,13 +77,14 @@ class Door:
         async def come(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await self._wait(reader, writer, back)
 
-        server = await asyncio.start_server(come, sock=door, limit=PIECE, backlog=MOST_HELD)
-        try:
+        self._holds = True  # before it listens
+        with ExitStack() as closing:
+            closing.callback(setattr, self, "_holds", False)
+            server = await asyncio.start_server(come, sock=door, limit=PIECE, backlog=MOST_HELD)
+            closing.callback(server.close)
             while self._wanted() and not listeners(self._port) - {mine} and not self._over.is_set():
                 await asyncio.sleep(LOOK_S)
             await asyncio.sleep(LET_IN_S)  # who came while the table was read would be reset
-        finally:
-            server.close()
         while not self._over.is_set() and listeners(self._port) and not await asyncio.to_thread(self._ready):
             await asyncio.sleep(LOOK_S)
         back.set()
@@ -101,7 +104,7 @@ class Door:
         """One connection: it waits, then bytes go both ways until either side ends."""
         from_ = plain(writer.get_extra_info("peername")[0])
         client = counted_as(from_)
-        if self._held.total() >= MOST_HELD or self._held[client] >= (self._most or MOST_HELD):
+        if self._held.total() >= MOST_HELD or self._held[client] >= self._most:
             writer.close()
             return
         self._held[client] += 1
@@ -117,8 +120,8 @@ class Door:
             # From and to the address that was asked for: so the proxy knows a line to come, and where none does, a
             # stranger's connection does not look like a local one.
             address = writer.get_extra_info("sockname")[0]
-            answers, other = await self._connect(address)
-            other.write(self._introduced(from_, said))
+            answers, other = await self._connect(address, reader)
+            other.write(said if self._key is None else line_for(from_, self._key) + said)
             ways = [asyncio.create_task(_pass(reader, other)), asyncio.create_task(_pass(answers, writer))]
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             for way in ways:
@@ -134,21 +137,27 @@ class Door:
             if other is not None:
                 other.close()
 
-    def _introduced(self, client: str, said: bytes) -> bytes:
-        """What the client said, behind the line that names it; one that this very port passed on has it already."""
-        if self._key is None or ((told := read_line(said, self._key)) is not None and told[0]):
-            return said
-        return line_for(client, self._key) + said
+    async def _connect(
+        self, address: str, client: asyncio.StreamReader
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the server, which may be away again: nothing was asked of it yet, so that is waited for.
 
-    async def _connect(self, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the server, which may be away again: nothing was asked of it yet, so that is waited for."""
+        Raises OSError after `PATIENCE_S`, and once the client has left.
+        """
         until = asyncio.get_running_loop().time() + PATIENCE_S
         while True:
-            try:
-                return await asyncio.open_connection(address, self._port, limit=PIECE, local_addr=(address, 0))
-            except OSError:
-                if self._over.is_set() or not self._wanted() or asyncio.get_running_loop().time() > until:
-                    raise
+            with suppress(OSError):
+                if not self._holds:  # else it would come back here, as one of this host
+                    answers, other = await asyncio.open_connection(
+                        address, self._port, limit=PIECE, local_addr=(address, 0)
+                    )
+                    met_itself = self._holds or other.get_extra_info("sockname")[1] == self._port
+                    if not (met_itself or client.at_eof()):
+                        return answers, other
+                    other.transport.abort()
+            over = self._over.is_set() or not self._wanted() or client.at_eof()
+            if over or asyncio.get_running_loop().time() > until:
+                raise ConnectionResetError
             await asyncio.sleep(LOOK_S)
 
 
@@ -185,9 +194,11 @@ def listeners(port: int) -> set[int]:
     """The sockets of this host that listen on a port, by inode."""
     found = set()
     for table in TABLES:
-        with suppress(OSError):
-            for line in table.read_text().splitlines()[1:]:
-                words = line.split()
-                if words[3] == LISTENS and int(words[1].rpartition(":")[2], 16) == port:
+        with suppress(OSError), table.open() as lines:
+            next(lines, None)
+            for words in map(str.split, lines):
+                if words[3] != LISTENS:
+                    break  # those that listen come first
+                if int(words[1].rpartition(":")[2], 16) == port:
                     found.add(int(words[9]))
     return found

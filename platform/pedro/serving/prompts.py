@@ -90,6 +90,7 @@ class PromptProcessor:
         self._tokenizer = tokenizer
         self._max_length = max_length
         self._fetch = fetch
+        self._coming: dict[ModelRef, asyncio.Task[Path]] = {}
         self._longest_piece = max(map(len, tokenizer.get_vocab()))
         self._encoding = asyncio.Semaphore(2)
         self._encoding_turns = Turns()
@@ -242,6 +243,19 @@ class PromptProcessor:
         return adapter
 
     async def _directory(self, ref: ModelRef) -> Path:
+        """As `_fetched`; all requests of a version wait for the same attempts."""
+        coming = self._coming.get(ref)
+        if coming is None:
+            coming = self._coming[ref] = asyncio.create_task(self._fetched(ref))
+            coming.add_done_callback(partial(self._came, ref))
+        return await asyncio.shield(coming)
+
+    def _came(self, ref: ModelRef, coming: asyncio.Task[Path]) -> None:
+        del self._coming[ref]
+        if not coming.cancelled():
+            coming.exception()  # else asyncio logs it where nobody waits any more
+
+    async def _fetched(self, ref: ModelRef) -> Path:
         """The version's files on this host; what keeps them away is waited for, as the engine does."""
         until = time.monotonic() + RETRY_FOR_S
         while True:

@@ -12,6 +12,7 @@ from peft import PrefixTuningConfig
 from torch import nn
 
 from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, resolve_backbone
+from pedro.cpu_attention import attend_in_float32
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import take_weights, trains_backbone
 from pedro.methods.registry import count_parameters, get_method
@@ -246,6 +247,8 @@ def _load_backbone(spec: FineTuneSpec, backbone: Backbone, group: WorkerGroup) -
     return_freed_memory_at_once()  # otherwise memory of whole tensors would stay allocated
     model = load_in_pieces(backbone, dtype, torch.device(device), partitioning(_deepspeed_config(spec)))
     group.together(lambda: fill(backbone, pieces(model)))
+    if device == "cpu" and dtype != "float32":  # as `load_model` has it
+        attend_in_float32(model)
     return model
 
 

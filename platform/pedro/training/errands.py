@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray.train import Checkpoint
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback, WorkerGroupCallback
 
-from pedro.errors import NotFoundError, PedroError, UnavailableError
+from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.registry import CHAMPION, Registry
 from pedro.training import outbox, waiting_checkpoints
 from pedro.training.background import Background
@@ -52,6 +52,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         self._worker: Any = None
         self._run = join(settings.storage, "runs", job_id)
         self._began = False
+        self._left = False  # a checkpoint could not be published
         self._looked = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,6 +102,10 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         """Begin to make versions of what a driver before this one was killed with."""
         self._models.do(self._publish_waiting)
 
+    def _publish_left(self) -> None:
+        if self._left:
+            self._publish_waiting()
+
     def _publish_waiting(self) -> None:
         for kept in waiting_checkpoints.waiting(self._run):
             self._publish(kept)
@@ -111,8 +116,10 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
                 publish(self._registry, self._model, self._job_id, self._run_id, directory, kept.made)
         except Exception as error:  # noqa: BLE001 - whatever the tracking server's client raises
             _say_no_model(kept.made, error)
-        finally:
-            kept.remove()
+            if not isinstance(error, AdapterError):  # what is away may be back at this driver's end, or for the next
+                self._left = True
+                return
+        kept.remove()
 
     def _look(self) -> None:
         self._looked.clear()
@@ -137,6 +144,7 @@ class Errands(WorkerGroupCallback, ReportCallback, ControllerCallback):
         """Finish the remaining work."""
         self._curves.close(CURVES_S)
         self._answers.close(ANSWERS_S)
+        self._models.do(self._publish_left)
         self._models.close(MODELS_S)
 
     def _log(self, point: outbox.CurvePoint) -> None:

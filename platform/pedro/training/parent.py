@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pedro.errors import ConfigError
+from pedro.training.quantised_check import why_whole
+from pedro.training.sharing import why_alone
 
 if TYPE_CHECKING:
     from pedro.config import Settings
@@ -30,7 +32,12 @@ def pin_parent(spec: FineTuneSpec, store: Store) -> FineTuneSpec:
     elif spec.method.model_dump() != trained:
         message = f"method: {version.ref} was trained with {trained}; leave `method` out, or start from a fresh adapter"
         raise ConfigError(message, param="method")
-    return spec.model_copy(update=changes)
+    pinned = spec.model_copy(update=changes)
+    if why := why_whole(pinned):
+        raise ConfigError(f"training.backbone_dtype: {why}", param="training.backbone_dtype")
+    if pinned.resources.share and (why := why_alone(pinned)):
+        raise ConfigError(f"resources.share: {why}", param="resources.share")
+    return pinned
 
 
 def with_pinned_parent(spec: FineTuneSpec, settings: Settings) -> FineTuneSpec:

@@ -26,15 +26,23 @@ from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
 from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files, typed_fields
 from pedro.training.quantised_check import why_whole
-from pedro.training.section import Section
 from pedro.training.sharing import why_alone
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 FILES = ("train", "theta", "validation", "test")
-LATER = ("b_up_lr_ratio",)
-"""Keys of `training` that earlier versions did not have; none is the default of each."""
+LATER = ("b_up_lr_ratio",)  # keys of `training` that earlier versions did not have; none is the default of each
 PACKAGED = "pedro://"
 ASSETS = Path(__file__).parents[1] / "assets"
+
+
+class Section(Frozen):
+    """Leaves out the keys of `since` if they have the defaults given there: digests of earlier specs lack them."""
+
+    since: ClassVar[dict[str, Any]] = {}
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.since or value != self.since[key]}
 
 
 class DataSpec(Frozen):
