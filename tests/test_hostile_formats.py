@@ -295,10 +295,8 @@ def test_whatever_a_connection_begins_with_is_passed_on_whole_unless_it_is_a_kep
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("gateway")) as gateway:
-        headers = {"authorization": f"Bearer {gateway.key()}"}
-        with httpx.Client(base_url=gateway.url, headers=headers, timeout=60) as client:
-            yield client
+    with serve(tmp_path_factory.mktemp("gateway")) as gateway, gateway.http(gateway.key()) as client:
+        yield client
 
 
 @tried(15, 10)

@@ -8,7 +8,6 @@ import struct
 from contextlib import suppress
 from dataclasses import asdict
 
-import httpx
 import numpy as np
 import pytest
 import yaml
@@ -246,10 +245,8 @@ def test_an_answer_in_pieces_has_the_calls_and_the_text_of_the_whole_one(pieces,
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory):
-    with serve(tmp_path_factory.mktemp("gateway")) as gateway:
-        headers = {"authorization": f"Bearer {gateway.key()}"}
-        with httpx.Client(base_url=gateway.url, headers=headers, timeout=60) as client:
-            yield client
+    with serve(tmp_path_factory.mktemp("gateway")) as gateway, gateway.http(gateway.key()) as client:
+        yield client
 
 
 PROMPT = st.text(min_size=1, max_size=12).filter(str.strip)

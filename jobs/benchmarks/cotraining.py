@@ -46,24 +46,20 @@ def run(options: Options, log: Log) -> BenchmarkReport:
 
 def _measure(report: BenchmarkReport, name: str, method: str, load: Load, rounds: int, log: Log) -> None:
     setup = {**setup_of(name, load), "threads": 1, "batch": load.batch, "steps": load.steps}
-    speeds: dict[bool, list[float]] = {True: [], False: []}
     with EnginePool(log) as pool:
         pool.start("together", "train-together", {**setup, "method": method, "jobs": JOBS}, OMP_NUM_THREADS="1")
         if "together" not in pool.wait():
             report.skipped |= pool.skipped
             return
-        for number in range(rounds + 1):  # the first only warms up
-            for together in (True, False)[:: -1 if number % 2 else 1]:
-                figures = pool.run("together", {"together": together})
-                if number:
-                    speeds[together].append(figures["tok_s"])
-    ratio = paired_ratio(speeds[True], speeds[False])
+        runs = pool.in_turn("together", "together", rounds)
+    together, alone = ([figures["tok_s"] for figures in runs[on]] for on in (True, False))
+    ratio = paired_ratio(together, alone)
     row = {
         "backbone": name,
         "method": method,
         "batch": load.batch,
-        "tok_s": round(median(speeds[True]), 1),
-        "alone_tok_s": round(median(speeds[False]), 1),
+        "tok_s": round(median(together), 1),
+        "alone_tok_s": round(median(alone), 1),
         "ratio": round(ratio.value, 4),
         "ratio_interval": ratio.interval,
     }

@@ -124,6 +124,16 @@ class EnginePool:
         self.send(name, order)
         return self.receive(name)
 
+    def in_turn(self, name: str, option: str, rounds: int) -> dict[bool, list[dict[str, Any]]]:
+        """One engine's figures with an option of its order on and off, in turn; a first round only warms up."""
+        figures: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for number in range(rounds + 1):
+            for on in (True, False)[:: -1 if number % 2 else 1]:
+                found = self.run(name, {option: on})
+                if number:
+                    figures[on].append(found)
+        return figures
+
     def send(self, name: str, order: Mapping[str, Any]) -> None:
         """Have one engine begin, beside others."""
         self._processes[name].send(order)

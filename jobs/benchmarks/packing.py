@@ -57,17 +57,12 @@ def _setup(name: str, data: str, threads: int, steps: int) -> dict[str, Any]:
 
 
 def _measure(report: BenchmarkReport, name: str, data: str, setup: dict[str, Any], rounds: int, log: Log) -> None:
-    runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     with EnginePool(log) as pool:
         pool.start("both", "train-packing", setup, OMP_NUM_THREADS=str(setup["threads"]))
         if "both" not in pool.wait():
             report.skipped |= pool.skipped
             return
-        for number in range(rounds + 1):  # the first only warms up
-            for packing in (True, False)[:: -1 if number % 2 else 1]:
-                figures = pool.run("both", {"packing": packing})
-                if number:
-                    runs[packing].append(figures)
+        runs = pool.in_turn("both", "packing", rounds)
     packed, padded = ([figures["tok_s"] for figures in runs[packing]] for packing in (True, False))
     ratio = paired_ratio(packed, padded)
     row = {

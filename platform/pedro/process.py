@@ -23,9 +23,11 @@ SWITCH_S = 0.0005  # how long an event loop may keep the interpreter from the en
 
 
 def configure_serving_process(threads: int) -> None:
-    """For an engine beside an event loop: at most `threads` of PyTorch, and quick turns between Python's threads."""
+    """For an engine beside an event loop: at most `threads` of PyTorch, quick turns between Python's threads, and less
+    patience with an MLflow that does not answer, for which loaders of adapters wait."""
     set_torch_threads(threads)
     sys.setswitchinterval(SWITCH_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # s; 120 by default, which uploads of trainers may need
 
 
 def set_torch_threads(threads: int) -> None:
