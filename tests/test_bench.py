@@ -8,21 +8,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import psutil
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from jobs.benchmarks import contention, dry_run, fairness, peers
+from jobs.benchmarks import contention, dry_run, fairness, peers, task_score
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
-from jobs.benchmarks.gguf_model import saved_gguf
+from jobs.benchmarks.gguf_model import saved_gguf, saved_lora_gguf
 from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
 from jobs.benchmarks.prefix import OFF
-from jobs.benchmarks.random_adapters import adapter_directories
+from jobs.benchmarks.random_adapters import OPTIONS, adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
@@ -114,8 +116,9 @@ def test_what_is_read_again_is_told_by_what_an_adapter_depends_on(tmp_path, monk
     assert others == {"none", *answer_side}, "what the bare backbone reads is anybody's"
 
 
-def test_quantised_weights_stand_beside_float32_by_speed_memory_and_perplexity(tmp_path, monkeypatch, capsys):
+def test_quantised_weights_stand_beside_float32_by_speed_memory_perplexity_and_score(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    monkeypatch.setitem(task_score.LOADS, "pedro-nano", Load(8, 2, 1, 4))
     words = [
         "weights",
         "--quick",
@@ -137,6 +140,9 @@ def test_quantised_weights_stand_beside_float32_by_speed_memory_and_perplexity(t
     assert speed[0]["weight_mb"] > 2 * speed[1]["weight_mb"] > 2 * speed[2]["weight_mb"]
     assert speed[0]["decode_ratio"] == quality[0]["perplexity_ratio"] == 1
     assert 0.99 < quality[1]["perplexity_ratio"] < 1.01, "int8 changes next to nothing"
+    assert [(row["asked"], row["score_minus"] == row["score"] - quality[0]["score"]) for row in quality] == [
+        (4, True)
+    ] * 3
 
 
 def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_without(tmp_path, monkeypatch, capsys):
@@ -203,6 +209,26 @@ def test_llama_cpp_is_given_the_same_model(tied, tmp_path, monkeypatch):
     ids = torch.tensor(prompts(size, 1, 12, seed=1))
     with torch.inference_mode():
         torch.testing.assert_close(found(ids).logits, make_model(size)(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_llama_cpp_is_given_the_same_lora(tmp_path, monkeypatch):
+    """Products of the file's factors are what PEFT adds to the weights, in the order of the backbone's file."""
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    size = replace(MODEL_SIZES["tiny"], name="odd", kv_heads=2, layers=2)
+    (directory,) = adapter_directories(size, "lora", 1)
+    read = gguf.GGUFReader(saved_lora_gguf(directory, size))
+    factors = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
+    scale = read.fields["adapter.lora.alpha"].contents() / OPTIONS["lora"]["r"]
+    bare = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(saved_gguf(size)).tensors}
+    merged = PeftModel.from_pretrained(make_model(size), str(directory)).merge_and_unload()
+    monkeypatch.setattr("jobs.benchmarks.gguf_model.make_model", lambda _size: merged)
+    (tmp_path / "merged").mkdir()
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path / "merged"))
+    for tensor in gguf.GGUFReader(saved_gguf(size)).tensors:
+        if f"{tensor.name}.lora_a" in factors:
+            product = scale * factors.pop(f"{tensor.name}.lora_b") @ factors.pop(f"{tensor.name}.lora_a")
+            torch.testing.assert_close(torch.tensor(tensor.data) - bare[tensor.name], product, atol=1e-5, rtol=1e-3)
+    assert not factors, "each factor belongs to a weight"
 
 
 @pytest.mark.parametrize(

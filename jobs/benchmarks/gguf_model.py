@@ -1,7 +1,9 @@
-"""A benchmark's random Llama as a GGUF file for llama.cpp, float32 or quantised; each token is a word of its own."""
+"""A benchmark's random Llama as a GGUF file for llama.cpp, float32 or quantised; each token is a word of its own. Its
+LoRA adapters, too."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +38,35 @@ def saved_gguf(size: ModelSize, kind: str = "F32") -> Path:
         _write(making, size, kind)
         making.rename(path)
     return path
+
+
+def saved_lora_gguf(directory: Path, size: ModelSize) -> Path:
+    """The LoRA adapter in `directory` (of `adapter_directories`) as a file of its own beside it, float32; made once."""
+    path = directory.with_name(f"{directory.name}.gguf")
+    if not path.is_file():
+        making = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _write_lora(making, directory, size)
+        making.rename(path)
+    return path
+
+
+def _write_lora(path: Path, directory: Path, size: ModelSize) -> None:
+    import gguf
+    from safetensors.torch import load_file
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    alpha = json.loads((directory / "adapter_config.json").read_text())["lora_alpha"]
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)  # the rank is the tensors' own
+    for name, tensor in load_file(directory / "adapter_model.safetensors").items():
+        module, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
+        ordered = _ordered(module, tensor, size) if factor == "B" else tensor
+        writer.add_tensor(f"{_named(module)}.lora_{factor.lower()}", ordered.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _write(path: Path, size: ModelSize, kind: str) -> None:

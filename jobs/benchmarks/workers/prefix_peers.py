@@ -13,7 +13,8 @@ from jobs.benchmarks.timeline import Timeline
 
 
 class LlamaCpp:
-    """Set-up: model (a GGUF file), threads, max_batch, length. Keys and values are float32, as ours."""
+    """Set-up: model (a GGUF file), threads, max_batch, length; lora (GGUF files, none of which acts unless a prompt
+    names it). Keys and values are float32, as ours."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         import xllamacpp
@@ -25,11 +26,14 @@ class LlamaCpp:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = setup["threads"]
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.warmup = True
+        params.lora_adapters = [_lora(xllamacpp, file) for file in setup.get("lora", ())]
+        params.lora_init_without_apply = True
         self._server = xllamacpp.Server(params)
         self.facts = {"version": getattr(xllamacpp, "__version__", "")}
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
-        """All prompts at once, each on a thread; every token of the file's vocabulary is a word of its own."""
+        """All prompts at once, each on a thread; every token of the file's vocabulary is a word of its own. `lora` of
+        the order is the number of each prompt's adapter."""
         texts: list[list[str]] = [[] for _ in order["prompts"]]
         timeline = Timeline()
         failures: list[str] = []
@@ -43,7 +47,15 @@ class LlamaCpp:
                 if "error" in chunk:
                     failures.append(str(chunk["error"]))
 
-            body = {"prompt": ids, "max_tokens": order["new"], "temperature": 0, "ignore_eos": True, "stream": True}
+            body: dict[str, Any] = {
+                "prompt": ids,
+                "max_tokens": order["new"],
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+            }
+            if "lora" in order:
+                body["lora"] = [{"id": order["lora"][number], "scale": 1.0}]
             try:
                 self._server.handle_completions({**body, "cache_prompt": order.get("cache", True)}, take)
             except Exception as error:  # noqa: BLE001 (told by the run)
@@ -58,6 +70,12 @@ class LlamaCpp:
             raise RuntimeError(failures[0])
         answers = [[int(word[1:]) for word in "".join(text).split() if word.startswith("w")] for text in texts]
         return _figures(timeline, answers)
+
+
+def _lora(xllamacpp: Any, file: str) -> Any:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = file, 0.0
+    return adapter
 
 
 class Vllm:
