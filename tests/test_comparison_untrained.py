@@ -15,15 +15,17 @@ from pedro.comparison.result_model import FAILED, FINISHED
 from pedro.comparison.run_executor import RunExecutor
 from pedro.comparison.run_files import read_comparison
 from pedro.comparison.run_planner import RunPlanner, check
-from pedro.comparison.single_run import execute_run
+from pedro.comparison.single_run import _job, execute_run
 from pedro.comparison.spec import ComparisonSpec
 from pedro.comparison.untrained import Untrained, candidates, prompt_of
+from pedro.comparison.untrained_run import BackboneAsker
 from pedro.config import validate_spec
 from pedro.data.prompt_format import encode_prompt, encode_text
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import answer_logprobs
+from pedro.training.context import build_context
 
 WAYS = [{"name": "backbone", "shots": shots, "by": by} for by in ("likelihood", "match") for shots in (0, 4, "label")]
 
@@ -104,6 +106,29 @@ def test_a_model_that_knows_the_answer_is_not_given_zero(tmp_path):
     planner = RunPlanner(spec, {"snips": data.digest})
     found = execute_run(planner.finals(planner.groups[0], None)[0], data, spec.resources, None, tmp_path / "cache")
     assert found.scores[0].value > 0
+
+
+@torch.no_grad()
+def test_it_is_asked_with_the_weights_that_methods_train_over(tmp_path):
+    def plans(**training):
+        spec = spec_of(methods=["backbone", "lora"], seeds=[0], training={"max_steps": 1, **training})
+        data = gather(spec, spec.tasks[0], str(tmp_path / "storage"))
+        planner = RunPlanner(spec, {"snips": data.digest})
+        return spec, data, *(planner.finals(group, None)[0] for group in planner.groups)
+
+    spec, data, asked, trained = plans(backbone_dtype="nf4")
+    asker = BackboneAsker(asked, spec.resources)
+    context = build_context(_job(trained, data, spec.resources), tmp_path / "cache")
+    ids = torch.tensor([asker.encoder.prompt("play some jazz")])
+    with context.engine.bare():
+        torch.testing.assert_close(asker.model(input_ids=ids).logits, context.model(input_ids=ids).logits)
+    (_, _, whole, _), (_, _, short, _) = plans(), plans(precision="bf16")
+    assert BackboneAsker(short, spec.resources).model.dtype == torch.bfloat16
+    bare = BackboneAsker(whole, spec.resources).model(input_ids=ids).logits
+    assert not torch.allclose(asker.model(input_ids=ids).logits, bare, atol=1e-3)
+    assert [plan.training for plan in (asked, short, whole)] == [{"backbone_dtype": "nf4"}, {"precision": "bf16"}, {}]
+    assert len({asked.id, short.id, whole.id}) == 3
+    assert " lr " not in str(asked)
 
 
 def test_prompts_that_do_not_fit_are_a_failed_run_that_says_so(tmp_path):

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from integration import guide
@@ -66,10 +67,17 @@ def test_kubectl_is_played_as_far_as_the_guide_needs_it(tmp_path):
     try:
         kubectl = Kubectl(namespace)
         assert verbs == {"apply", "create", "wait", "exec", "port-forward", "get", "cp", "delete"}
-        kubectl(["-n", "pedro", "create", "secret", "generic", "a", "--from-literal=b=c=d"], b"", tmp_path)
-        kubectl(["create", "secret", "generic", "e", "--from-file=f=/dev/stdin"], b"g", tmp_path)
-        assert namespace.known.secrets == {"a": {"b": "c=d"}, "e": {"f": "g"}}
-        for words in (["scale", "deploy/x"], ["-n", "other", "wait", "pod/x"], ["exec", "deploy/none", "--", "ls"]):
+        secret = ["create", "secret", "generic"]
+        kubectl(["-n", "pedro", *secret, "a", "--from-env-file=/dev/stdin"], b"b=c=d\nh=\n", tmp_path)
+        kubectl([*secret, "e", "--from-file=f=/dev/stdin"], b"g", tmp_path)
+        assert namespace.known.secrets == {"a": {"b": "c=d", "h": ""}, "e": {"f": "g"}}
+        for words in (
+            ["scale", "deploy/x"],
+            ["-n", "other", "wait", "pod/x"],
+            ["exec", "deploy/none", "--", "ls"],
+            [*secret, "i", "--from-literal=j=k"],
+            [*secret, "i", "--from-env-file=secrets"],
+        ):
             with pytest.raises(AssertionError):
                 kubectl(words, b"", tmp_path)
     finally:
@@ -94,7 +102,7 @@ def test_a_block_is_typed_into_bash_and_what_fails_there_ends_it(tmp_path):
     assert asked == [(["get", "a b"], b""), (["exec", "-i", "x"], b"text\n"), (["wait", "x"], b"")]
 
 
-def test_no_command_of_the_guide_has_a_key_among_its_arguments(tmp_path):
+def test_no_command_of_the_guide_has_a_key_or_a_secret_among_its_arguments(tmp_path):
     seen = []
 
     def kubectl(words, stdin, _cwd):
@@ -102,12 +110,28 @@ def test_no_command_of_the_guide_has_a_key_among_its_arguments(tmp_path):
         return b""
 
     with guide.terminal(tmp_path, kubectl) as run:
-        (tmp_path / "bin" / "curl").write_text('#!/bin/sh\nexec kubectl curl "$@"\n')
-        (tmp_path / "bin" / "curl").chmod(0o755)
+        for name, text in (("curl", 'exec kubectl curl "$@"'), ("openssl", 'echo "random-$3"')):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        run(guide.blocks("A laptop")[0])
         run(guide.blocks("A laptop")[3], KEY="sk-pedro-x")
         run(guide.blocks("Watching")[0], KEY="sk-pedro-x")
-    assert [stdin for _, stdin in seen] == [b"Authorization: Bearer sk-pedro-x\n", b"", b"sk-pedro-x"]
-    assert not any("sk-pedro-x" in word for words, _ in seen for word in words)
+    assert not any(secret in word for words, _ in seen for word in words for secret in ("sk-pedro-x", "random-"))
+    assert [stdin for _, stdin in seen[-3:]] == [b"Authorization: Bearer sk-pedro-x\n", b"", b"sk-pedro-x"]
+    made = {words[5]: stdin for words, stdin in seen if words[2:5] == ["create", "secret", "generic"]}
+    assert made.pop("pedro-metrics") == b"sk-pedro-x"
+    assert made.pop("pedro-storage") == b"access-key=pedro\nsecret-key=random-24\nendpoint=http://minio:9000\n"
+    assert made == {
+        **{name: b"password=random-24\n" for name in SECRETS},
+        **{name: b"key=random-32\n" for name in ("pedro-seal", "pedro-webhook")},
+    }
+
+
+def test_no_document_puts_a_secret_among_the_arguments_of_kubectl():
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "k8s").rglob("*")]
+    assert ROOT / "k8s" / "README.md" in documents
+    for document in filter(Path.is_file, documents):
+        assert "--from-literal" not in document.read_text("utf-8"), f"{document}: give it on standard input"
 
 
 def test_texts_of_manifests_read_as_they_must_on_this_host(known, tmp_path):

@@ -142,7 +142,9 @@ def test_every_secret_that_is_referred_to_is_one_that_the_readme_creates(platfor
                 secret = entry.get("valueFrom", {}).get("secretKeyRef")
                 if secret:
                     named.append(secret["name"])
-                    assert f"--from-literal={secret['key']}=" in readme
+                    assert re.search(rf"generic {secret['name']} --from-env-file[^`]*?\b{secret['key']}=", readme), (
+                        secret
+                    )
         for name in named:
             assert f"secret generic {name} " in readme
 

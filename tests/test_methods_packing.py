@@ -7,13 +7,28 @@ from peft import LoraConfig, get_peft_model
 
 from pedro.methods import METHODS, get_method
 from pedro.methods.output_head import logits_at
-from pedro.methods.packing import NAME, Packing, can_pack, shares_beginnings
+from pedro.methods.packing import NAME, AttendAgain, Packing, attend, can_pack, shares_beginnings
 from pedro.training.bilevel import GroupedAdamW
 from pedro.training.engines import TorchEngine, packed_logits
 
 LENGTHS, PROMPTS = (5, 9, 6, 3), (4, 5, 6, 3)
-PACK = {"pedro", "pedro-1", "pedro-3", "para", "lora", "ia3", "adalora", "bitfit", "red", "houlsby", "lorta", "full"}
-DO_NOT = {"lpt", "loreft", "p-tuning-v2"}
+PACK = {
+    "pedro",
+    "pedro-1",
+    "pedro-3",
+    "para",
+    "lora",
+    "ia3",
+    "adalora",
+    "bitfit",
+    "red",
+    "houlsby",
+    "lorta",
+    "loreft",
+    "full",
+}
+DO_NOT = {"lpt", "p-tuning-v2"}
+READ_PROMPTS = {"pedro", "pedro-1", "pedro-3", "para", "loreft"}
 
 
 def a_batch(alike=0):
@@ -41,14 +56,17 @@ def with_gradients(model, logits):
     return [logits.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
+def assert_alike(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 + 1e-5 * float(other.abs().max()))
+
+
 def assert_packed_as_padded(model, alike=0):
     batch, positions = a_batch(alike)
     packing = Packing.of(batch, share=bool(alike))
     assert (packing.shared, len(packing.places)) == (alike, sum(LENGTHS) - 3 * alike)
     wanted = with_gradients(model, padded_logits(model, positions, batch))
-    found = with_gradients(model, packed_logits(model, packing, positions, batch))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 + 1e-5 * float(other.abs().max()))
+    assert_alike(with_gradients(model, packed_logits(model, packing, positions, batch)), wanted)
     assert model.config._attn_implementation == "sdpa" != NAME
 
 
@@ -72,9 +90,25 @@ def test_it_is_known_which_methods_act_token_by_token():
 def test_a_packed_pass_has_the_logits_and_gradients_of_the_padded_one(name):
     model = adapted(name)
     assert_packed_as_padded(model)
-    assert shares_beginnings(model) == (name not in ("pedro", "pedro-1", "pedro-3", "para"))
+    assert shares_beginnings(model) == (name not in READ_PROMPTS)
     if shares_beginnings(model):
         assert_packed_as_padded(model, alike=2)
+
+
+@pytest.mark.parametrize("name", sorted(PACK))
+def test_a_block_that_is_computed_again_attends_as_the_first_time(name, monkeypatch):
+    model, calls = adapted(name).train(), []
+    batch, positions = a_batch()
+    wanted = with_gradients(model, padded_logits(model, positions, batch))
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": AttendAgain(model)})
+    assert can_pack(model)
+    assert_alike(with_gradients(model, padded_logits(model, positions, batch)), wanted)
+    monkeypatch.setattr(
+        "pedro.methods.packing.attend", lambda *given, **named: calls.append(1) or attend(*given, **named)
+    )
+    assert_alike(with_gradients(model, packed_logits(model, Packing.of(batch), positions, batch)), wanted)
+    assert len(calls) > model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -91,6 +125,11 @@ def test_every_backbone_packs_or_is_known_not_to(model_type):
 )
 def test_pedros_options_read_the_same_prompts_of_a_packed_batch(options):
     assert_packed_as_padded(tuned(**options))
+
+
+def test_reft_edits_the_same_tokens_of_a_packed_batch():
+    for options in ({"positions": "f1+l2", "shared": False}, {"positions": "l1", "direct": True}):
+        assert_packed_as_padded(get_method("loreft").apply(tiny_backbone(), options).eval())
 
 
 def test_what_depends_on_rows_is_not_packed():

@@ -44,6 +44,8 @@ def trained(tmp_path_factory):
                 trainings.append(Training(f"cut{stage}", tree, cut_at=4))
                 preferences = dpo_spec_for(folder, resources={"workers": world, "zero_stage": stage}, **PAIRS)
                 trainings.append(Training(f"dpo{stage}", preferences.to_dict()))
+                packed = _spec(folder, world, stage, gradient_checkpointing=stage == 3)
+                trainings.append(Training(f"packed{stage}", packed, packed=True))
                 if stage in (0, 3):
                     trainings += [
                         Training(f"{method} again, {stage}", _spec(folder, world, stage, method, **AGAIN))
@@ -81,6 +83,16 @@ def test_workers_and_zero_stages_are_invisible_in_the_result(trained, reference,
         assert (result["metrics"]["rows"], result["metrics"]["accuracy"]) == (first["rows"], first["accuracy"]), stage
         assert result["trainable"] == 21_320
         assert result["digest"].startswith("sha256:"), stage
+
+
+def test_workers_of_which_one_packs_and_one_pads_are_invisible_in_the_result(trained, reference):
+    wanted, values = reference
+    for stage in STAGES:
+        result = trained(2)[f"packed{stage}"]
+        assert result["rows"] == {1}, "the first one packed"
+        assert [loss for _, loss in result["validations"]] == pytest.approx(wanted, rel=1e-5), stage
+        far = max((torch.tensor(result["values"][name]) - value).abs().max() for name, value in values.items())
+        assert far < 5e-5, stage
 
 
 @pytest.mark.parametrize("world", WORLDS)

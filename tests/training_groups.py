@@ -21,6 +21,7 @@ import torch.multiprocessing
 from training_runs import LocalReporter, parameters, run
 
 from pedro.errors import TrainingError
+from pedro.methods import packing
 from pedro.training.context import build_context, deepspeed_engine, engine_for
 from pedro.training.loop import TrainState, train
 from pedro.training.spec import FineTuneSpec
@@ -33,16 +34,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Training:
     """What a group is to train; `cut_at` is the step after whose checkpoint it is broken off once, and resumed.
-    `as_job`: with the engine that a job takes."""
+    `as_job`: with the engine that a job takes. `packed`: the first worker packs, however narrow the backbone, and the
+    others pad."""
 
     name: str
     spec: dict[str, Any]
     cut_at: int | None = None
     as_job: bool = False
+    packed: bool = False
 
 
 Results = dict[str, dict[str, Any]]
-"""By the training's name: loss, validations, values, metrics, digest, trainable."""
+"""By the training's name: loss, validations, values, metrics, digest, trainable, rows of the first worker's passes."""
 
 
 def train_in_group(world: int, folder: Path, trainings: Sequence[Training]) -> Results:
@@ -101,8 +104,16 @@ def _train(training: Training, folder: Path, group: WorkerGroup) -> dict[str, An
         cut = _Cut(folder / training.name, training.cut_at)
         with pytest.raises(InterruptedError):
             train(first.engine, first.alternation, first.plan, first.data, cut)
-    context = build_context(spec, folder / "cache", make_engine(spec), group)
-    outcome = run(context, folder / training.name)
+    with pytest.MonkeyPatch.context() as patched:
+        if training.packed:
+            patched.setattr(packing, "WIDTH", 0)
+            patched.setattr(packing, "SAVED", 2.0 if group.rank else 0.0)
+        context = build_context(spec, folder / "cache", make_engine(spec), group)
+        rows: set[int] = set()
+        embedding: Any = context.model.get_input_embeddings()  # type: ignore[operator]
+        handle = embedding.register_forward_hook(lambda _module, given, _output: rows.add(len(given[0])))
+        outcome = run(context, folder / training.name)
+        handle.remove()
     metrics, _, _ = evaluate(context, group)
     digest = save(context, Trained(outcome, metrics), folder / f"{training.name}-adapter")
     with context.engine.gathered():
@@ -115,6 +126,7 @@ def _train(training: Training, folder: Path, group: WorkerGroup) -> dict[str, An
         "digest": digest,
         "trainable": context.trainable_parameters,
         "tokens": outcome.all_tokens,
+        "rows": rows,
     }
 
 

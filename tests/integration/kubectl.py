@@ -61,11 +61,15 @@ class Kubectl:
 
     def _create(self, words: list[str], stdin: bytes, _: Path) -> bytes:
         assert words[:2] == ["secret", "generic"], words
-        values = {}
-        for word in words[3:]:
-            option, name, value = word.split("=", 2)
-            assert option == "--from-literal" or (option, value) == ("--from-file", "/dev/stdin"), words
-            values[name] = value if option == "--from-literal" else stdin.decode()
+        option, place = words[3].rsplit("=", 1)
+        assert place == "/dev/stdin", words
+        assert len(words) == 4, words
+        if option == "--from-env-file":
+            values = dict(line.split("=", 1) for line in stdin.decode().splitlines())
+        else:
+            source, key = option.split("=")
+            assert source == "--from-file", words
+            values = {key: stdin.decode()}
         self.namespace.create_secret(words[2], values)
         return f"secret/{words[2]} created\n".encode()
 

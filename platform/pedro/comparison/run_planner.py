@@ -22,6 +22,7 @@ from pedro.comparison.untrained import Untrained
 from pedro.data.general_text import text_digest
 from pedro.data.tasks import TASKS, get_task
 from pedro.errors import BackboneError, ConfigError
+from pedro.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from pedro.comparison.measures import ForgettingSpec, ServingSpec
@@ -80,7 +81,7 @@ class PlannedRun:
 
     def __str__(self) -> str:
         budget = f" at {self.group.budget:,}" if self.group.budget else ""
-        rate = f" · lr {self.lr:g}" if self.training else ""
+        rate = f" · lr {self.lr:g}" if "lr" in self.training else ""
         return f"{self.group.label}{budget} · {self.group.task}{rate} · seed {self.seed}"
 
 
@@ -159,7 +160,8 @@ class RunPlanner:
         choice = self.spec.choice_of(self._method(group), plain)
         key = data_key(plain, choice)
         task = get_task(choice.task, choice.wording)
-        training = {} if group.untrained else self.spec.training_of(self._method(group), choice, lr, seed).to_dict()
+        settings = self.spec.training_of(self._method(group), choice, lr, seed)
+        training = _weights(settings) if group.untrained else settings.to_dict()
         chat = self.spec.chat_template and task.as_chat and has_chat_template(group.backbone)
         depends = {
             **asdict(group),
@@ -289,6 +291,13 @@ def _key(options: dict[str, Any]) -> str:
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _weights(training: TrainingSpec) -> dict[str, Any]:
+    """How methods have the backbone's weights, as which it is asked; empty for plain float32 ones, so that ids of
+    earlier runs do not change."""
+    held = {"precision": training.precision, "backbone_dtype": training.backbone_dtype}
+    return {name: value for name, value in held.items() if value != TrainingSpec.model_fields[name].default}
 
 
 def _measures(forgetting: ForgettingSpec | None, serving: ServingSpec | None) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pedro.backbone import context_length, load_model, load_tokenizer, resolve_backbone
+from pedro.backbone import context_length, load_tokenizer, resolve_backbone
 from pedro.comparison.untrained import LIKELIHOOD, candidates, prompt_of
 from pedro.data.prompt_format import FORMATS, PromptFormat, encode_prompt, encode_text, format_for_shape
 from pedro.data.row_shapes import RowShape
 from pedro.errors import PedroError
 from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import generate
+from pedro.training.context import load_frozen
+from pedro.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData, TestSet
@@ -52,7 +54,8 @@ class BackboneAsker:
         assert way is not None, "only the backbone itself is asked here"
         self.plan, self.way = plan, way
         self.tokenizer = load_tokenizer(backbone)
-        self.model = load_model(backbone, device="cuda" if resources.gpus else "cpu")
+        held = TrainingSpec.model_validate(plan.training)  # the weights that the methods train over
+        self.model = load_frozen(backbone, held, "cuda" if resources.gpus else "cpu")
         self.reader = PromptReader(self.model)
         self.encoder = QuestionEncoder(self.tokenizer, plan.chat)
         self.context = context_length(backbone)

@@ -9,8 +9,8 @@ Legend: B rows, T tokens of the longest, S that all begin with, N of the packed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NAME = "pedro_packed"
+CHECKPOINTING = "gradient_checkpointing"  # what transformers sets in modules that it repeats
 TOKENWISE = (LoraModel, AdaLoraModel, IA3Model)  # of PEFT's tuners; ours say so themselves (`BlockTuner.packs`)
 WIDTH = 256  # of a model: in a narrower one what is saved is no more than what packing takes
 SAVED = 0.05  # of a batch's tokens: less is not worth a packed pass
@@ -159,8 +160,8 @@ def packer_of(model: Any) -> Callable[[Mapping[str, torch.Tensor]], Packing | No
 def can_pack(model: Any) -> bool:
     """Whether a packed pass through a model, with its adapter, is the padded one.
 
-    Not where anything in it looks at rows and does not know of `packing`, nor under gradient checkpointing, which
-    repeats blocks when the pass is over.
+    Not where anything in it looks at rows and does not know of `packing`, nor where gradient checkpointing repeats
+    blocks, when the pass is over, without `AttendAgain`.
     """
     config, tuner = model.config, _tuner(model)
     kinds = getattr(config, "layer_types", None) or ()
@@ -169,7 +170,7 @@ def can_pack(model: Any) -> bool:
         getattr(config, "_attn_implementation", "") in ("sdpa", FLOAT32)
         and not windows
         and getattr(config, "attn_logit_softcapping", None) is None
-        and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        and all(_attends_again(module) for module in model.modules() if getattr(module, CHECKPOINTING, False))
         and (tuner is None or _is_tokenwise(tuner) or bool(getattr(tuner, "packs", False)))
     )
 
@@ -178,6 +179,11 @@ def shares_beginnings(model: Any) -> bool:
     """Whether rows that begin alike are alike there, whatever follows: not where vectors are made of whole prompts."""
     tuner = _tuner(model)
     return tuner is None or _is_tokenwise(tuner) or bool(getattr(tuner, "shares_beginnings", False))
+
+
+def _attends_again(module: nn.Module) -> bool:
+    how: dict[str, Any] = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return isinstance(how.get("context_fn"), AttendAgain)
 
 
 def _tuner(model: Any) -> Any:
@@ -198,17 +204,35 @@ def _drops(model: Any) -> bool:
     return modules or bool(getattr(model.config, "attention_dropout", 0.0))
 
 
-@contextmanager
-def attending_in_rows(model: Any) -> Iterator[None]:
+def attending_in_rows(model: Any) -> AbstractContextManager[None]:
     """Within it, the model's attention is that of packed passes."""
-    config: Any = model.config
     AttentionInterface.register(NAME, attend)
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return _Attention(model.config, NAME)
+
+
+class AttendAgain:
+    """Gradient checkpointing's `context_fn`: a block that is computed again, when the pass is over, attends as it did
+    the first time."""
+
+    def __init__(self, model: Any) -> None:
+        self._config: Any = model.config
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _Attention(self._config, self._config._attn_implementation)
+
+
+class _Attention(AbstractContextManager[None]):
+    """Within it, models of this configuration attend by the function of this name."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._config, self._name, self._before = config, name, name
+
+    def __enter__(self) -> None:
+        self._before = self._config._attn_implementation
+        self._config._attn_implementation = self._name
+
+    def __exit__(self, *_: object) -> None:
+        self._config._attn_implementation = self._before
 
 
 def attend(

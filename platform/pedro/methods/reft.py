@@ -112,13 +112,14 @@ class ReftLayer(BlockLayer):
         if prompt is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        changed = hidden.clone()
+        changed, packing = hidden.clone(), self.prompts.packing
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             for name in self.live():
                 config = self.configs[name]
                 tensors = (self.reft_rotation[name], self.reft_source[name], self.reft_bias[name])
                 for (first, last), *part in zip(config.parts, *tensors, strict=True):
                     at = _ends_of(prompt.to(hidden.device), first, last)
+                    at = at if packing is None else packing.pack(at)
                     tokens = changed[at].float()  # [n, D]
                     edit = make_edit(config.direct, *part)
                     changed[at] = (tokens + (tokens @ edit.a + edit.c) @ edit.b).to(hidden.dtype)
@@ -147,6 +148,7 @@ class ReftModel(ConditionedTuner):
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
     child = CHILD
+    packs = True
     title = "ReFT"
     no_merge = "edits are of some tokens alone, so no weights can hold them"
 

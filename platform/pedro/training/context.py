@@ -15,6 +15,7 @@ from pedro.backbone import Backbone, load_config, load_model, load_tokenizer, re
 from pedro.cpu_attention import attend_in_float32
 from pedro.errors import ConfigError
 from pedro.evaluation.saved import take_weights, trains_backbone
+from pedro.methods.packing import AttendAgain
 from pedro.methods.registry import count_parameters, get_method
 from pedro.process import return_freed_memory_at_once
 from pedro.training.backbone_pieces import can_be_cut, fill, load_in_pieces
@@ -187,7 +188,8 @@ def deepspeed_engine(spec: FineTuneSpec) -> MakeEngine:
         from pedro.training.ds_engine import DeepSpeedEngine
 
         trained = [getattr(p, "ds_numel", p.numel()) for _, p in parameters]
-        return DeepSpeedEngine(model, optimizer, parameters, _deepspeed_config(spec, trained))
+        config = _deepspeed_config(spec, trained)
+        return DeepSpeedEngine(model, optimizer, parameters, config, packing=spec.training.packing)
 
     return make
 
@@ -261,7 +263,8 @@ def _adapt(
     adapted: Any = method.apply(model, spec.method.options | ({"head_end": list(head_end)} if head_end else {}))
     check_repeatable(spec, adapted)
     if spec.training.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False, "context_fn": AttendAgain(adapted)}
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     check_reference(spec, adapted)
     if parent is not None:
         take_weights(adapted, parent, backbone)

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from pedro.methods.output_head import logits_at
+from pedro.methods.packing import packer_of
 from pedro.training.backbone_pieces import Piece
-from pedro.training.engines import adapter_off
+from pedro.training.engines import adapter_off, packed_logits
 from pedro.training.frozen_linear import use_frozen_linear
 
 if TYPE_CHECKING:
@@ -31,9 +32,21 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedEngine:
-    """A `StepEngine` around `deepspeed.initialize`; `optimizer` and `parameters` as in TorchEngine."""
+    """A `StepEngine` around `deepspeed.initialize`; `optimizer`, `parameters` and `packing` as in TorchEngine.
 
-    def __init__(self, model: nn.Module, optimizer: GroupedAdamW, parameters: Named, config: dict[str, Any]) -> None:
+    Each worker packs its own rows, or pads them, as it saves: modules, and so all that workers gather and reduce
+    together, come in the same order either way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: GroupedAdamW,
+        parameters: Named,
+        config: dict[str, Any],
+        *,
+        packing: bool = True,
+    ) -> None:
         deepspeed = import_deepspeed()
         self._stage = config.get("zero_optimization", {}).get("stage", 0)
         self._sharded = bool(self._stage) or "bf16" in config
@@ -48,12 +61,15 @@ class DeepSpeedEngine:
         self.hook: TrainingHook | None = None
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.device = torch.device(self._engine.device)
+        self._pack = packer_of(model) if packing else None
         optimizer.materialise(self.masters())
 
     def clock(self) -> float:
         return time.monotonic()
 
     def forward(self, positions: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        if self._pack is not None and (packing := self._pack(batch)) is not None:
+            return packed_logits(self.model, packing, positions, batch, self._engine)
         with logits_at(self.model, positions):
             logits: torch.Tensor = self._engine(**batch, use_cache=False).logits[0]
             return logits

@@ -124,11 +124,16 @@ class TorchEngine:
 
 
 def packed_logits(
-    model: nn.Module, packing: Packing, positions: torch.Tensor, batch: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    packing: Packing,
+    positions: torch.Tensor,
+    batch: Mapping[str, torch.Tensor],
+    wrapper: nn.Module | None = None,
 ) -> torch.Tensor:
-    """What `StepEngine.forward` gives, of a pass without padding."""
+    """What `StepEngine.forward` gives, of a pass without padding. `wrapper` is called in the model's place."""
+    called = model if wrapper is None else wrapper
     with logits_at(model, packing.pack(positions)), attending_in_rows(model):
-        logits: torch.Tensor = model(**packing.packed(batch), use_cache=False).logits[0]
+        logits: torch.Tensor = called(**packing.packed(batch), use_cache=False).logits[0]
         return logits
 
 

@@ -143,8 +143,8 @@ class TrainingSpec(Section):
     max_length: int | None = Field(None, ge=2, le=10**8)
     """Tokens of prompt and answer together; the backbone's context if not given."""
     packing: bool = True
-    """Pass no padding through the backbone, wherever that saves something and the method allows it: on a CPU, by one
-    worker. Each row keeps its own prompt and vectors, so that only rounding differs; false pads every batch."""
+    """On a CPU, pass no padding through the backbone, wherever that saves something and the method allows it. Each row
+    keeps its own prompt and vectors, so that only rounding differs; false pads every batch."""
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the steps with linear warm-up of the learning rate, before linear decay to zero."""
     weight_decay: float = Field(0.0, ge=0, le=100)
