@@ -16,6 +16,7 @@ from made_once import make_once, set_aside
 
 if TYPE_CHECKING:
     from jobs.benchmarks.postgres_server import PostgresServer
+    from pedro.store import Store
 
 # Ray reads this once, at import, and a local head of pedro listens on loopback alone.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -76,6 +77,16 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     url = server.ready_database()
     yield url
     server.drop(url)
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    """The store of such a database."""
+    from pedro.store import Store
+
+    opened = Store(url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(autouse=True)

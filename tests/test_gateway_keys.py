@@ -25,13 +25,6 @@ def _patient(monkeypatch):
     monkeypatch.setattr(key_cache, "PATIENCE_S", 60.0)
 
 
-@pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
 class Counted:
     """A store that counts who is asked for, can be away, and can be held up before it answers."""
 

@@ -64,13 +64,6 @@ def clock():
 
 
 @pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def file(tmp_path):
     opened = Store(f"sqlite:///{tmp_path}/pedro.db")
     yield opened

@@ -13,13 +13,6 @@ from pedro.serving.resolver import AdapterCatalog
 from pedro.store import CHAMPION, Database, Store
 
 
-@pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
 class Counted:
     """A store that counts the names it is asked for, can be away, and can be held up while it answers."""
 

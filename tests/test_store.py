@@ -26,13 +26,6 @@ def sqlite_url(tmp_path) -> str:
     return f"sqlite:///{tmp_path}/deep/er/pedro.db"
 
 
-@pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
 def test_a_key_authenticates_with_its_secret_and_nothing_else(store):
     record, secret = store.create_key("acme", ["train", "infer"], "ci")
     assert secret.startswith("sk-pedro-")

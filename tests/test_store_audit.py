@@ -23,13 +23,6 @@ def pedro(tmp_path, monkeypatch, capfd):
     return command_runner(monkeypatch, capfd)
 
 
-@pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
 def test_every_change_of_a_key_or_a_quota_is_one_entry_that_says_who_and_how_it_was_and_is(store):
     ops = Actor.of_key("ops", "key_1", "req_1")
     key, secret = store.create_key("acme", ["infer"], "web", Quota(5), expires=time.time() + 60, actor=ops)

@@ -12,13 +12,6 @@ from pedro.store import BatchRecord, BatchStatus, FileRecord, Store
 FILE = FileRecord("file-1", "acme", "out.jsonl", "batch_output", 9, "sha256:1", "files/acme/1", 1.0, None, None)
 
 
-@pytest.fixture
-def store(url):
-    store = Store(url)
-    yield store
-    store.close()
-
-
 def made(store: Store, batch_id: str, tenant: str = "acme", created: float = 0.0) -> BatchRecord:
     batch = BatchRecord(
         batch_id, tenant, "key_1", "/v1/completions", "file-0", "24h", BatchStatus.VALIDATING, created, created + 100.0

@@ -12,13 +12,6 @@ from pedro.errors import NotFoundError, PedroError
 from pedro.store import FileRecord, Store
 
 
-@pytest.fixture
-def store(url):
-    store = Store(url)
-    yield store
-    store.close()
-
-
 def record(number: int, tenant: str = "acme", **fields) -> FileRecord:
     values = {
         "id": f"file-{number:024x}",

@@ -12,13 +12,6 @@ from pedro.store import Store, Usage
 DAY, NEXT = "2026-03-30", "2026-03-31"
 
 
-@pytest.fixture
-def store(url):
-    opened = Store(url)
-    yield opened
-    opened.close()
-
-
 def row(tenant="acme", model="acme.faq", key="key_1", day=DAY, requests=1, prompt=10, completion=5):
     return Usage(day, tenant, model, key, requests, prompt, 0, completion)
 

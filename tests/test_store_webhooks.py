@@ -30,13 +30,6 @@ from pedro.store import (
 )
 
 
-@pytest.fixture
-def store(url):
-    store = Store(url)
-    yield store
-    store.close()
-
-
 def endpoint(store: Store, name: str, tenant: str = "acme", event_types=EVENT_TYPES) -> WebhookEndpoint:
     made = stub_endpoint(name, tenant, event_types)
     store.create_webhook(made)

@@ -11,18 +11,11 @@ import pytest
 from queue_cluster import NODE, Clock, Cluster, ends
 
 from pedro.errors import ConfigError, ConflictError, NotFoundError, RateLimitError, UnavailableError
-from pedro.store import Idempotency, JobStatus, Store, Usage
+from pedro.store import Idempotency, JobStatus, Usage
 from pedro.training.queue.budgets import used_up
 from pedro.training.queue.controller import LEASE_S, MOST_LOSSES, Controller
 from pedro.training.queue.launcher import Claim, ClusterView
 from pedro.training.queue.turns import in_turn
-
-
-@pytest.fixture
-def store(url):
-    store = Store(url)
-    yield store
-    store.close()
 
 
 @pytest.fixture

@@ -7,18 +7,11 @@ import time
 import pytest
 from queue_cluster import Clock, Cluster, SharingCluster, ends
 
-from pedro.store import JobStatus, Store
+from pedro.store import JobStatus
 from pedro.training.cotraining.driver import LEFT
 from pedro.training.queue.controller import Controller
 from pedro.training.queue.grouping import GATHER_S
 from pedro.training.sharing import MOST_JOBS, MOST_ROWS
-
-
-@pytest.fixture
-def store(url):
-    store = Store(url)
-    yield store
-    store.close()
 
 
 @pytest.fixture
