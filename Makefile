@@ -7,7 +7,7 @@ ARGS ?=
 COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/transformers/models/(?!auto/)'
 export RAY_USAGE_STATS_ENABLED ?= 0
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz chaos chaos-short audit sbom k8s-check integration gpu-check format clean
+.PHONY: help install demo serve dashboard test test-slow test-all check types lint docs fuzz fuzz-formats chaos chaos-short audit sbom k8s-check integration gpu-check format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ fuzz: install ## fuzz every route and every reader of files (FUZZ=60 examples pe
 	@FUZZ=$${FUZZ:-60} $(BIN)/python -m pytest tests/test_gateway_fuzz.py $(ARGS)
 	@FUZZ=$${FUZZ:-60} PEDRO_SCHEMAS=1000 $(BIN)/python -m pytest tests/test_hostile_inputs.py \
 		tests/test_serving_shapes.py::test_answers_to_random_schemas_always_validate_with_any_adapter -n logical --dist load $(ARGS)
+
+fuzz-formats: install ## search readers of weights, GGUF and adapter configs by coverage, 60 s each (needs `pip install atheris`; ARGS: --seconds N)
+	@$(BIN)/python tests/fuzz_by_coverage.py $(ARGS)
 
 audit: install ## ask osv.dev which installed packages have known vulnerabilities (skipped, with the reason, if it does not answer)
 	@echo "== known vulnerabilities"; $(BIN)/python -m jobs.supply_chain audit

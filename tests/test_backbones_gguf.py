@@ -95,6 +95,7 @@ def test_the_same_file_gives_the_same_digests_wherever_it_lies(home, tmp_path):
             r"of the architecture 'mamba', which is not supported; take a file of gemm",
         ),
         ({"split__count": 3}, "is one part of several; join them"),
+        ({"split__count": "three"}, "is one part of several; join them"),
         ({"llama__rope__scaling__type": "yarn"}, r"scales its rotary positions \(rope\.scaling 'yarn'\)"),
         ({"extra": ["rope_freqs.weight"]}, "scales its rotary positions"),
         ({"extra": ["blk.0.attn_q.bias"]}, r"holds the tensor 'blk\.0\.attn_q\.bias', for which llama has no place"),

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import httpx
 import pyarrow as pa
 import pytest
+from fuzz_targets import SEEDS, TARGETS
 from fuzzing import JSON, tried
 from gateway_backend import BACKBONE
 from gateway_server import serve
@@ -146,6 +147,18 @@ def test_any_manifest_of_an_adapter_is_read_or_refused(tmp_path_factory, manifes
     (directory / MANIFEST).write_text(json.dumps(manifest))
     with suppress(AdapterError):
         assert isinstance(read_manifest(directory), dict)
+
+
+@tried(60, 20)
+@given(
+    name=st.sampled_from(sorted(TARGETS)), at=st.integers(0, 200), cut=st.integers(0, 12), put=st.binary(max_size=12)
+)
+@example("gguf", 0, 0, b"")
+@example("weights", 0, 0, b"")
+@example("config", 0, 0, b"")
+def test_what_is_searched_by_coverage_takes_its_seed_and_any_damage_to_it(tmp_path_factory, name, at, cut, put):
+    seed = SEEDS[name]
+    TARGETS[name](seed[:at] + put + seed[at + cut :], tmp_path_factory.mktemp("search"))
 
 
 @tried(150, 20)

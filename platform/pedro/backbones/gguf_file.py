@@ -83,7 +83,7 @@ def _unfit(header: GGUFHeader) -> str:
     facts, architecture = header.metadata, header.architecture
     if architecture not in ARCHITECTURES:
         return f"is of the architecture {architecture!r:.60}, which is not supported; take a file of {known}"
-    if int(facts.get("split.count") or 1) > 1:
+    if facts.get("split.count", 1) not in (0, 1):
         return "is one part of several; join them with llama.cpp's gguf-split --merge"
     scaling = facts.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" or any(tensor.name.startswith("rope_f") for tensor in header.tensors):
