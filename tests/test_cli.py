@@ -110,7 +110,7 @@ def test_help_costs_under_half_a_second_of_cpu():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(cost() for _ in range(3)) < 0.5
+    assert any(cost() < 0.5 for _ in range(3))
 
 
 def test_the_version_is_the_packages(pedro):

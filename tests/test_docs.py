@@ -129,17 +129,27 @@ def codes_of(path: Path) -> set[str]:
 
 
 @cache
+def read(path: Path) -> tuple[list[str], set[str]]:
+    """A file's texts, with an ellipsis for what is filled in at run time, and its classes and `Class.attribute`s."""
+    texts, defined = list[str](), set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+        elif isinstance(node, ast.ClassDef):
+            defined.add(node.name)
+            for part in node.body:
+                target = part.target if isinstance(part, ast.AnnAssign) else None
+                name = target.id if isinstance(target, ast.Name) else getattr(part, "name", "")
+                defined.add(f"{node.name}.{name}")
+    return texts, defined
+
+
+@cache
 def messages() -> str:
-    """Every text of the code, a line each; what is filled in at run time is an ellipsis."""
-    texts = [(ROOT / "Makefile").read_text()]
-    for path in files(PACKAGE):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                texts.append(
-                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-                )
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
+    """Every text of the code, a line each."""
+    texts = [(ROOT / "Makefile").read_text(), *(text for path in files(PACKAGE) for text in read(path)[0])]
     return "\n".join(text.replace("`", "").replace("\n", " ") for text in texts)
 
 
@@ -180,16 +190,10 @@ def test_the_glossary_has_each_term_once_in_order_and_the_classes_it_names_are_w
             assert name in defined, f"{term}: {where} defines no {name}"
 
 
-def definitions(path: Path) -> Iterator[str]:
-    """The classes in a file or a folder's files, and `Class.attribute` of each."""
-    for file in [path] if path.suffix == ".py" and path.is_file() else files(path):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ClassDef):
-                yield node.name
-                for part in node.body:
-                    target = part.target if isinstance(part, ast.AnnAssign) else None
-                    name = target.id if isinstance(target, ast.Name) else getattr(part, "name", "")
-                    yield f"{node.name}.{name}"
+def definitions(path: Path) -> set[str]:
+    """What a file or a folder's files define."""
+    inside = [path] if path.suffix == ".py" and path.is_file() else files(path)
+    return {name for file in inside for name in read(file)[1]}
 
 
 def test_each_fault_that_a_harness_found_is_held_by_a_test_that_there_is():
