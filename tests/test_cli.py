@@ -30,6 +30,11 @@ import typer
 from pedro import cli
 
 pedro = typer.main.get_command(cli.app)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+try:
+    pedro(["keys", "--help"], prog_name="pedro")  # imports what all would
+except SystemExit:
+    sys.stdout.flush()
 for number, words in enumerate(json.loads(sys.argv[1])):
     if os.fork() == 0:  # each command is the first that its process runs
         os.dup2(os.open(str(number), os.O_CREAT | os.O_WRONLY), 1)

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import pedro
 from pedro.cli import app
+from pedro.comparison import statistics
 
 PACKAGE = Path(pedro.__file__).parent
 ROOT = PACKAGE.parents[1]
@@ -39,6 +40,7 @@ class Trace:
 
 def test_a_report_enters_few_files_and_seldom_moves_between_them(tmp_path, monkeypatch):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(statistics, "NUM_SAMPLES", 50)  # the way is the same
     shutil.copytree(ROOT / "jobs" / "results" / "nano_table4", tmp_path / "out")
     words = [
         "compare",

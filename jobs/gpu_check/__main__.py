@@ -114,7 +114,7 @@ def _run(name: str, part: dict[str, Any], options: argparse.Namespace, save: Cal
         part["seconds"] = round(time.monotonic() - started, 1)
         print(f"   {json.dumps(finding)}", flush=True)
         save()
-    _end(process)
+    _end(process, 5 if status == "passed" else 0)
     part["seconds"] = round(time.monotonic() - started, 1)
     if status == "passed" and process.returncode:
         status = f"broke with exit code {process.returncode}"
@@ -138,10 +138,10 @@ def _finding(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], within_s: float) -> None:
     """The part and whatever it started."""
     try:
-        process.wait(timeout=5)
+        process.wait(within_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
