@@ -15,12 +15,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from jobs.benchmarks import contention, dry_run, fairness, peers, task_score
+from jobs.benchmarks import contention, dry_run, fairness, http_costs, peers, task_score
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
 from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
+from jobs.benchmarks.gateway_cost import own_code
 from jobs.benchmarks.gguf_model import saved_gguf, saved_lora_gguf
 from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
 from jobs.benchmarks.prefix import OFF
@@ -300,6 +301,7 @@ def test_decoding_counts_from_when_every_request_has_its_first_token():
     assert figures["decode_tok_s"] == 4 / 2
     assert figures["ttft_ms"] == 1500.0
     assert sorted(timeline.gaps_ms()) == [1000.0] * 5
+    assert timeline.tails() == {"ttft_p99_ms": 2000.0, "token_ms": 1000.0, "token_p99_ms": 1000.0}
 
 
 def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_reports():
@@ -312,6 +314,33 @@ def test_the_client_counts_every_token_of_a_slice_and_raises_what_the_server_rep
     assert len(timeline.moments["a"]) == 3
     with pytest.raises(RuntimeError, match="engine_error"):
         _take({"error": {"code": "engine_error"}}, "a", timeline)
+
+
+def test_what_a_request_takes_is_split_into_what_is_fixed_and_what_its_tokens_add():
+    figures = {"tok_s": 1.0, "ttft_ms": 1.0, "ttft_p99_ms": 1.0, "token_ms": 1.0, "token_p99_ms": 1.0}
+    spent = []
+    for tokens in (10, 110):  # 500 us a request and 20 a token in the gateway, half as much in the proxy
+        run = http_costs.Spent(4, tokens)
+        used = 4 * (500 + 20 * tokens) / 1e6
+        before = {"proxy": 1.0, "gateway": 2.0, "engine": 3.0, "ray": 4.0}
+        after = before | {"proxy": 1.0 + used / 2, "gateway": 2.0 + used}
+        for _ in range(2):
+            run.add(before, after, {**figures, "events": 4 * tokens / 5, "cpu_s": 0.0})
+        spent.append(run)
+    row = spent[0].row("tiny")
+    assert (row["batch"], row["answer_tokens"], row["events"]) == (4, 10, 2.0)
+    assert (row["gateway_us"], row["proxy_us"], row["engine_us"], row["request_us"]) == (70.0, 35.0, 0.0, 1050)
+    proxy, gateway, *_ = http_costs.split_rows("tiny", spent)
+    assert gateway == {"case": "a request's gateway", "model": "tiny", "batch": 4} | {
+        "fixed_us": 500, "token_us": 20.0, "event_us": 100
+    }  # fmt: skip
+    assert (proxy["fixed_us"], proxy["token_us"]) == (250, 10.0)
+
+
+def test_the_gateways_own_code_is_measured_without_a_server(tmp_path):
+    own = own_code(tmp_path, requests=32, events=9)
+    assert own.keys() == {"fixed_us", "event_us"}
+    assert own["event_us"] > 0
 
 
 def test_a_flood_goes_on_while_a_quiet_tenant_asks_and_both_stand_in_the_report(tmp_path, monkeypatch):

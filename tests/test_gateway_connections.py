@@ -9,6 +9,7 @@ import uvicorn.config
 from gateway_server import serve
 
 from pedro.errors import ConfigError
+from pedro.gateway.carried_bodies import CarriedBodies
 from pedro.gateway.connections import BoundedProtocol, ConnectionLimits, bound_connections
 from pedro.gateway.not_yet import NotYet
 from pedro.gateway.passed_connections import counted_as, line_for, plain, read_line, shared_key
@@ -27,7 +28,7 @@ def limits(monkeypatch):
     def limits(**given):
         for name, value in given.items():
             monkeypatch.setenv(f"PEDRO_HTTP_{name.upper()}", str(value))
-        assert [middleware.cls for middleware in bound_connections()] == [NotYet]
+        assert [middleware.cls for middleware in bound_connections()] == [NotYet, CarriedBodies]
 
     return limits
 

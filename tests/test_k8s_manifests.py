@@ -7,6 +7,7 @@ import gzip
 import importlib
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import pedro
 from pedro.cli import app
+from pedro.cluster import LEAN_HEAD
 from pedro.config import NOT_FOR_WORKERS, Settings, validate_spec
 from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
@@ -258,6 +260,19 @@ def test_ray_pods_get_settings_that_work_across_hosts(platform):
             assert settings.single_host() == [], pod.where
         mounts = [mount["mountPath"] for mount in pod.spec["containers"][0]["volumeMounts"]]
         assert str(settings.home) in mounts, f"{pod.where}: PEDRO_HOME is not writable"
+
+
+@pytest.mark.parametrize("platform", OVERLAYS)
+def test_serve_is_set_up_as_on_a_local_head_by_variables_that_it_knows(platform):
+    objects = render(platform)
+    known = (Path(find_spec("ray").origin).parent / "serve" / "_private" / "constants.py").read_text()
+    serve = {name: value for name, value in LEAN_HEAD.items() if name.startswith("RAY_SERVE_")}
+    assert [name for name in serve if f'"{name}"' not in known] == []
+    nodes = [pod for pod in pods(objects) if pod.where.startswith("RayService/")]
+    assert len(nodes) == 2
+    for pod in nodes:
+        variables = environment(pod.containers[0], objects)
+        assert serve.items() <= variables.items(), pod.where
 
 
 @pytest.mark.parametrize("platform", OVERLAYS)

@@ -1,6 +1,7 @@
 """What a server costs: streams over HTTP against the same engine stepped in process. The server is somebody else's.
 
-The client and the in-process engine are processes of their own and run in turn; both turn tokens into text.
+The client and the in-process engine are processes of their own and run in turn; both turn tokens into text. Where the
+processor time of full batches goes stands beside it (`http_costs.py`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from jobs.benchmarks import http_costs
 from jobs.benchmarks.engine_process import EnginePool, Log
 from jobs.benchmarks.model_sizes import MODEL_SIZES, NEW_TOKENS, PROMPT_TOKENS, default_dtype
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, spread
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jobs.benchmarks.command_line import Options
 
 TTFT_LIMIT_MS = 30.0
-COLUMNS = ("engine", "adapters", "model", "batch", "tok_s", "decode_tok_s", "ttft_ms", "ratio", "ratio_interval")
+COLUMNS = (
+    *("engine", "adapters", "model", "batch", "tok_s", "decode_tok_s", "ttft_ms", "ratio", "ratio_interval"),
+    *http_costs.COLUMNS,
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class Server:
     tokenizer: str
 
 
-def run(options: Options, server: Server, log: Log) -> BenchmarkReport:
-    """Throughput of a full batch of streams, and the time to the first token of single ones."""
+def run(options: Options, server: Server, home: Path, log: Log) -> BenchmarkReport:
+    """Throughput of a full batch of streams, the time to the first token of single ones, and what the processes of the
+    server's `home` take."""
     batch = 8 if options.quick else (options.batches or (32,))[0]
     rounds = options.rounds or (2 if options.quick else 7)
     report = BenchmarkReport(
@@ -51,6 +59,7 @@ def run(options: Options, server: Server, log: Log) -> BenchmarkReport:
             for rows in (batch, 1):
                 seen = _rounds(pool, rows, rounds if rows > 1 else 3 * rounds, log)
                 _add(report, server.size, rows, seen)
+            http_costs.add(report, pool, server.size, home, options.quick, log, (batch,))
         report.skipped |= pool.skipped
     return report
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from jobs.benchmarks import (
     dry_run,
     fairness,
     fairness_http,
+    http_costs,
     http_overhead,
     outage,
     queue_kills,
@@ -48,7 +50,11 @@ REGISTRY_COLUMNS = (
 def http_report(options: Options, log: Log) -> BenchmarkReport:
     """The cost of gateway and Serve."""
     with running_server(options, log) as running:
-        return http_overhead.run(options, running.server, log)
+        report = http_overhead.run(options, running.server, running.local.settings.home, log)
+    if not options.quick:
+        with running_server(replace(options, models=(http_costs.MODEL,)), log) as running:
+            http_costs.add_small(report, running.server, running.local.settings.home, log)
+    return report
 
 
 def fairness_report(options: Options, log: Log) -> BenchmarkReport:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from statistics import median
 
+from jobs.benchmarks.stats import percentile
+
 
 @dataclass
 class Timeline:
@@ -19,9 +21,11 @@ class Timeline:
 
     started: float = field(default_factory=time.perf_counter)
     moments: dict[str, list[float]] = field(default_factory=dict)
+    events: int = 0  # how often tokens came
 
     def take(self, request: str, count: int = 1, moment: float | None = None) -> None:
         """`count` tokens of `request` came, now unless told."""
+        self.events += 1
         at = (time.perf_counter() if moment is None else moment) - self.started
         self.moments.setdefault(request, []).extend([at] * count)
 
@@ -41,3 +45,13 @@ class Timeline:
     def gaps_ms(self) -> list[float]:
         """Milliseconds between one token of a request and its next, of all requests."""
         return [(b - a) * 1000 for moments in self.moments.values() for a, b in itertools.pairwise(moments)]
+
+    def tails(self) -> dict[str, float]:
+        """ttft_p99_ms; and of the requests' times per token after their first one token_ms (median), token_p99_ms."""
+        firsts = [moments[0] for moments in self.moments.values()]
+        each = [(m[-1] - m[0]) / (len(m) - 1) for m in self.moments.values() if len(m) > 1]
+        return {
+            "ttft_p99_ms": percentile(firsts, 0.99) * 1000,
+            "token_ms": median(each) * 1000 if each else 0.0,
+            "token_p99_ms": percentile(each, 0.99) * 1000 if each else 0.0,
+        }

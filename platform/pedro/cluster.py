@@ -40,6 +40,12 @@ CONNECT_TIMEOUT_S = 60  # 3 on an idle machine
 LEAN_HEAD = {
     "RAY_START_HOOK": "pedro.cluster.without_client_server",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # by default a head that ends waits for what it runs, which ends too
+    # Serve's processes talk by gRPC: what streams costs them a fraction of what it does as results of Ray's actors
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "-1",  # 4 MiB by default, which a whole answer may exceed
+    # and each has one event loop, where Serve has up to three, between whose threads every event would go
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 OBJECT_STORE_BYTES = 256 << 20  # the platform passes paths between processes, not tensors
 

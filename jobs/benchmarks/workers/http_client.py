@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -21,7 +22,8 @@ class HttpClient:
         self._url, self._key = setup["url"], setup["key"]
 
     def run(self, order: dict[str, Any]) -> dict[str, float]:
-        """Figures of Timeline. A slice of the stream may bring several tokens, which count from when they came."""
+        """Figures of Timeline, the events that brought tokens, and the processor time that all this took of the client.
+        A slice of the stream may bring several tokens, which count from when they came."""
         return asyncio.run(self._run(order))
 
     async def _run(self, order: dict[str, Any]) -> dict[str, float]:
@@ -30,12 +32,13 @@ class HttpClient:
         limits = httpx.Limits(max_connections=len(asked), max_keepalive_connections=len(asked))
         async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=300) as client:
             await asyncio.gather(*(client.get("/health") for _ in asked))  # connections are open before time is taken
-            timeline = Timeline()
+            timeline, cpu_s = Timeline(), time.process_time()
             streams = enumerate(zip(asked, callers, strict=True))
             await asyncio.gather(
                 *(_stream(client, str(i), ids, caller, order["new"], timeline) for i, (ids, caller) in streams)
             )
-        return timeline.figures()
+            used = {"events": timeline.events, "cpu_s": time.process_time() - cpu_s}
+        return {**timeline.figures(), **timeline.tails(), **used}
 
 
 async def _stream(

@@ -40,6 +40,7 @@ QUEUED_DELTAS = 256  # beyond this a slow client blocks only its own streams
 BLOCK = 64  # bytes
 NO_OPTIONS = StreamOptions()
 DONE = b"data: [DONE]\n\n"
+ENCODED = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -255,7 +256,7 @@ async def _start(send: Send) -> bool:
 def sent_event(body: dict[str, Any], name: str = "") -> bytes:
     """A server-sent event, as its bytes."""
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return head + b"data: " + ENCODED(body).encode() + b"\n\n"
 
 
 class FanIn:

@@ -56,11 +56,12 @@ def bound_connections() -> list[Any]:
     import uvicorn.config
     from starlette.middleware import Middleware
 
+    from pedro.gateway.carried_bodies import CarriedBodies
     from pedro.gateway.not_yet import NotYet
 
     BoundedProtocol.limits, BoundedProtocol.key = ConnectionLimits.from_env(), shared_key()
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
-    return [Middleware(NotYet)]
+    return [Middleware(NotYet), Middleware(CarriedBodies)]  # the last is the outermost
 
 
 class BoundedProtocol(HttpToolsProtocol):

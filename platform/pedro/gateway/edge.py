@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 
+from pedro.gateway.carried_bodies import CARRIED
 from pedro.gateway.errors import HeadersTooLargeError, error_response, internal_error_body
 from pedro.log_lines import ABOUT
 
@@ -75,10 +76,16 @@ class Edge:
         }
         ABOUT.set({"request_id": request_id, "trace_id": scope["state"].get("trace_id")})
         started, unread = False, _has_body(Headers(scope=scope))
+        carried: bytes | None = scope.pop(CARRIED, None)
 
         async def receive_body() -> Message:
             nonlocal unread
+            if carried is not None and unread:
+                unread = False
+                return {"type": "http.request", "body": carried, "more_body": False}
             message = await receive()
+            while carried is not None and message["type"] == "http.request":
+                message = await receive()  # the same body once more
             if message["type"] == "http.request" and not message.get("more_body", False):
                 unread = False
             return message

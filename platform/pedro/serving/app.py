@@ -36,6 +36,7 @@ HEAD_RESOURCE = "node:__internal_head__"  # which only the head has
 HEALTH_CHECK_PERIOD_S = 2.0  # a dead gateway is replaced within a few of these
 STREAMS_END_S = 90.0  # for a stopping gateway to finish its streams
 MAX_STARTS = 100  # per replica; Serve's default of three is raised by RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT
+NO_ACCESS_LOG = {"enable_access_log": False}  # of Serve's: the gateway has its own
 MAX_ONGOING = 4096  # far above the engine's own queue limit, which applies first
 
 
@@ -43,6 +44,7 @@ MAX_ONGOING = 4096  # far above the engine's own queue limit, which applies firs
     name="engine",
     max_ongoing_requests=MAX_ONGOING,
     max_constructor_retry_count=MAX_STARTS,
+    logging_config=NO_ACCESS_LOG,
     graceful_shutdown_timeout_s=10,  # unfinished requests then continue on another replica
     request_router_config=RequestRouterConfig.model_validate({"request_router_class": ROUTER}),
 )
@@ -104,6 +106,7 @@ class EngineReplica:
     name="gateway",
     max_ongoing_requests=MAX_ONGOING,
     max_constructor_retry_count=MAX_STARTS,
+    logging_config=NO_ACCESS_LOG,
     graceful_shutdown_timeout_s=STREAMS_END_S,
     health_check_period_s=HEALTH_CHECK_PERIOD_S,
 )

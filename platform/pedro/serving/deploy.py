@@ -93,6 +93,7 @@ def deploy(
         serve.start(
             proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
+            logging_config={"enable_access_log": False},  # the gateway has its own
         )
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
         _wait_ready(served.url)

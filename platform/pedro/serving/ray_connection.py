@@ -4,15 +4,20 @@ Serve's own routers choose a replica for each request: the better of two random 
 that ignores load) or by the models that a replica reports (multiplexing: delayed, and a hot model never spreads). Here
 the ingress chooses, since only it knows the load of each stream, and a stream belongs to one replica; so this router
 follows the given id, and publishes which replicas exist.
+
+Where Serve's proxies talk to gateways by gRPC, gateways do to replicas: results of Ray's actors cost several times as
+much. Large messages pass there, since whoever sets the one lifts Serve's limit, too (`cluster.py`, the manifests).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
@@ -23,6 +28,13 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 ROUTER = "pedro.serving.ray_connection:AddressedRouter"
+SWITCH = "RAY_SERVE_PROXY_USE_GRPC"  # Serve's own, of its proxies
+BY_GRPC: dict[str, Any] = {
+    "_by_reference": False,
+    "request_serialization": "pickle",  # not by cloudpickle, which is written in Python
+    "response_serialization": "pickle",
+}
+LOST = (RayError, RayServeException, grpc.RpcError)
 T = TypeVar("T")
 
 
@@ -54,7 +66,7 @@ class RayReplicaConnection:
     """Conforms to `pedro.serving.protocol.ReplicaConnection`."""
 
     def __init__(self, engine: DeploymentHandle[Any], replica: str) -> None:
-        self._engine = engine
+        self._engine = engine.options(**BY_GRPC) if os.environ.get(SWITCH) == "1" else engine
         self._replica = replica
 
     async def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
@@ -63,8 +75,11 @@ class RayReplicaConnection:
         try:
             async for batch in batches:
                 yield _checked(batch)
-        except (RayError, RayServeException) as error:
-            raise ReplicaLost(str(error).partition("\n")[0]) from error
+        except LOST as error:
+            raise _lost(error) from error
+        except asyncio.CancelledError:
+            _check_own()
+            raise
         finally:
             batches.cancel()
 
@@ -87,8 +102,22 @@ class RayReplicaConnection:
             return _checked(await method.remote(*arguments, to=self._replica))
         except RayTaskError:
             raise
-        except (RayError, RayServeException) as error:
-            raise ReplicaLost(str(error).partition("\n")[0]) from error
+        except LOST as error:
+            raise _lost(error) from error
+        except asyncio.CancelledError:
+            _check_own()
+            raise
+
+
+def _lost(error: BaseException) -> ReplicaLost:
+    return ReplicaLost(str(error).partition("\n")[0])
+
+
+def _check_own() -> None:
+    """Raise ReplicaLost if it is not this task that was cancelled, but by gRPC what it waits for."""
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        raise ReplicaLost("the replica cancelled it") from None
 
 
 def _checked(answer: Any) -> Any:
