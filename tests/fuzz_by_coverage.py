@@ -9,6 +9,7 @@ temporary files, with the error above it.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -42,11 +43,13 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.folder:
         search(*asked.targets, asked.folder, asked.seconds)
+    if importlib.util.find_spec("atheris") is None:
+        parser.error("atheris is not installed; pip install atheris")
     status = 0
     for name in asked.targets:
         print(f"== {name}, {asked.seconds} s", flush=True)
         with tempfile.TemporaryDirectory() as folder:  # for a process of its own, which libFuzzer ends
-            command = [sys.executable, __file__, "--in", folder, "--seconds", str(asked.seconds), name]
+            command = [sys.executable, "-W", "ignore", __file__, "--in", folder, "--seconds", str(asked.seconds), name]
             status |= subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False).returncode
     return status
 
