@@ -10,6 +10,7 @@ from engine_models import drain, make_adapter, make_engine, prompt, random_backb
 
 from pedro.engine.kv_blocks import BLOCK, KVBlocks
 from pedro.engine.prefix_cache import OVERHEAD
+from pedro.engine.runner import DecodeRow, PrefillRow
 
 BEGINNING = prompt(40, seed=5)  # two blocks and a half
 CACHE = 1 << 24
@@ -35,12 +36,13 @@ def borrowed(engine):
 
 def nothing_held(engine):
     """Whether nobody reads any block, and all places are either free or found."""
-    prefixes = engine._prefixes
+    entries = engine._prefixes._entries
     assert not any(borrowed(engine))
-    assert not any(entry.refcount for entry in prefixes._entries.values())
-    places = [entry.place for entry in prefixes._entries.values() if entry.place >= 0]
-    assert sorted(places + prefixes._free) == list(range(prefixes.budget_bytes // prefixes._block_bytes))
-    assert prefixes.stats()["used_bytes"] == sum(entry.nbytes for entry in prefixes._entries.values())
+    assert not entries.held_bytes
+    assert not any(entry.refcount for entry in entries.all())
+    places = [entry.place for entry in entries.all() if entry.place >= 0]
+    assert sorted(places + entries.free) == list(range(entries.budget_bytes // engine._prefixes._block_bytes))
+    assert entries.used_bytes == sum(entry.nbytes for entry in entries.all())
 
 
 def tokens(answers):
@@ -184,7 +186,7 @@ def test_nothing_that_is_read_is_evicted_and_afterwards_it_may_be(model):
         for name, answer in drain(engine, until=lambda made, name=f"other {number}": name in made).items():
             for output in answer.outputs if name == "reader" else ():
                 answers["reader"].take(output)
-        assert [engine._prefixes._entries.get(key) for key in keys_of(engine, blocks)] == list(blocks)
+        assert [engine._prefixes._entries.get(block.key) for block in blocks] == list(blocks)
     assert engine.stats()["prefixes"]["evictions"] >= 4
     for output in drain(engine)["reader"].outputs:
         answers["reader"].take(output)
@@ -194,10 +196,6 @@ def test_nothing_that_is_read_is_evicted_and_afterwards_it_may_be(model):
         run(engine, request(f"last {number}", prompt(70, seed=40 + number), 1))
     assert all(block.gone for block in blocks)
     nothing_held(engine)
-
-
-def keys_of(engine, blocks):
-    return [key for block in blocks for key, entry in engine._prefixes._entries.items() if entry is block]
 
 
 def test_a_reader_that_leaves_takes_nothing_from_the_others(model):
@@ -261,6 +259,60 @@ def test_a_preempted_reader_lets_go_and_begins_again_with_what_is_left(model, ot
     nothing_held(engine)
 
 
+def test_readers_leave_half_of_the_cache_to_others_and_copy_what_is_beyond(model):
+    """One tenant's long requests read all that there is; another's prompts are kept and found all the same."""
+    engine, plain = engine_of(model, max_batch=6, prefix_bytes=8 * BLOCK_BYTES), engine_of(model, prefix_bytes=0)
+    prompts = [prompt(40, seed=30 + number) for number in range(4)]
+    for number, ids in enumerate(prompts):
+        run(engine, request(f"kept {number}", ids, 1, tenant="a"))
+    readers = [request(f"reader {number}", [*ids, 7], 70, tenant="a") for number, ids in enumerate(prompts)]
+    engine._prefill_budget = None
+    for reader in readers:
+        engine.add(reader)
+    answers = drain(engine, until=lambda made: len(made) == 4)
+    assert [answer.last.cached_tokens for answer in answers.values()] == [2 * BLOCK] * 4
+    assert sorted(borrowed(engine)) == [0, 0, 0, 0, 2 * BLOCK, 2 * BLOCK], "four blocks of eight"
+    others = [request(f"other {number}", prompt(60, seed=50), 2, tenant="b") for number in range(2)]
+    for other in others:
+        engine.add(other)
+        for name, answer in drain(engine, until=lambda made, name=other.id: name in made).items():
+            answers.setdefault(name, answer)
+            if answers[name] is not answer:
+                answers[name].token_ids += answer.token_ids
+    assert [answers[other.id].last.cached_tokens for other in others] == [0, 3 * BLOCK]
+    assert set(engine._live) >= {reader.id for reader in readers}, "they read on"
+    for name, answer in drain(engine).items():
+        answers[name].token_ids += answer.token_ids
+    for one in (*readers, *others):
+        assert answers[one.id].token_ids == run(plain, one)[one.id].token_ids
+    nothing_held(engine)
+
+
+def test_requests_behind_one_prompt_are_read_in_one_prefill(model):
+    engine, plain = engine_of(model, prefill_tokens=64), engine_of(model, prefix_bytes=0)
+    ids = prompt(100, seed=4)
+    run(engine, request("first", ids, 1))
+    asked = [request(f"{n}", [*ids, n, 5], 6) for n in range(2, 6)]
+    read = []
+    begin = engine._runner.begin
+    engine._runner.begin = lambda rows: (read.append([row.num_cached for row in rows]), begin(rows))
+    assert tokens(run(engine, *asked)) == tokens(run(plain, *asked))
+    assert read == [[96] * 4], "what is read of each is short"
+
+
+@pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="blocks are larger where memory pages are")
+def test_answers_to_one_prompt_give_back_the_room_that_they_set_aside_to_copy_it():
+    model = random_backbone("llama", head_dim=64, max_position_embeddings=256)
+    engine, plain = engine_of(model), engine_of(model, prefix_bytes=0)
+    one = request("n", prompt(100, seed=4), 12, n=4, temperature=1.0, seed=11, ignore_eos=True)
+    engine.add(one)
+    used = []
+    answers = drain(engine, until=lambda _: used.append(engine.stats()["kv_blocks_used"]))
+    assert (max(used), used[-1]) == (4 * 7, 7 + 3)
+    assert tokens(answers) == tokens(run(plain, one))
+    nothing_held(engine)
+
+
 @pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="blocks are larger where memory pages are")
 def test_what_is_borrowed_takes_none_of_the_budget_for_running_sequences():
     model = random_backbone("llama", head_dim=64, max_position_embeddings=256)
@@ -284,6 +336,45 @@ def test_what_is_borrowed_takes_none_of_the_budget_for_running_sequences():
     assert tokens(answers) == tokens(run(plain, *asked))
     nothing_held(engine)
     assert cache._free + sum(cache.room) // cache.block == cache.blocks
+
+
+# the kernel
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"num_key_value_heads": 4, "head_dim": 20}),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 72}),
+        ("mistral", {"sliding_window": 90}),  # some rows still see all that they share
+    ],
+)
+def test_rows_that_begin_alike_go_over_that_together_with_the_numbers_of_each_alone(model_type, changes, threads):
+    runner = engine_of(random_backbone(model_type, **changes), max_batch=8, threads=threads)._runner
+    kept = list(range(2, 8)), [2, 3, 4, 5, 20, 21], [2, 3, 12, 13], [30, 31, 32, 33, 34]  # two of these share nothing
+    for slot, (places, seed) in enumerate(zip(kept, (1, 1, 1, 2), strict=True)):
+        ids = prompt(64, seed=seed) + prompt(60, seed=10 + slot)
+        runner.begin([PrefillRow(slot, ids, len(ids))])
+        runner.advance()
+        runner.end()
+        runner.save_blocks(slot, 0, places)
+    rows = []
+    for slot, (own, tail) in enumerate(((0, 3), (0, 30), (1, 1), (0, 1), (3, 9), (2, 20), (3, 2), (1, 17))):
+        ids = prompt(64, seed=1 if own < 3 else 2) + prompt(60, seed=10 + own)
+        count = BLOCK * len(kept[own])
+        ids = ids[:count] + prompt(tail, seed=40 + slot)
+        row = PrefillRow(slot, ids, len(ids), places=tuple(kept[own]), num_cached=count, borrowed=count)
+        runner.begin([row])
+        runner.advance()
+        runner.end()
+        rows.append(DecodeRow(slot, 5 + slot, len(ids)))
+    together = runner.decode(rows).values.clone()
+    for at, row in enumerate(rows):
+        assert torch.equal(runner.decode([row]).values[0], together[at]), at
+    three = runner.decode(rows[1:4]).values
+    assert torch.equal(three, together[1:4])
 
 
 # the blocks themselves

@@ -196,6 +196,28 @@ def test_less_than_a_block_is_refused_when_the_engine_starts(model):
             make_engine(model, kv_memory=wrong)
 
 
+@pytest.mark.parametrize("adapter", [None, "lora"])
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_what_is_read_in_place_takes_no_room_and_for_its_own_part_a_request_waits(model, adapters, kernel, adapter):
+    engine = small_engine(model, 8, adapters, kernel=kernel, prefix_bytes=1 << 24)
+    if engine._runner.kernel != kernel:
+        pytest.skip("the native kernel cannot be built here")
+    long = prompt(100, 4)  # six blocks of it are kept
+    run(engine, request("first", long, 1, adapter=adapter))
+    asked = [request(name, [*long, at], 20, adapter=adapter) for at, name in enumerate("ab", 2)]
+    asked.append(request("other", prompt(100, 9), 8, adapter=adapter))
+    for one in asked:
+        engine.add(one)
+    beside = set()
+    answers = drain(engine, until=lambda _: beside.add("".join(s.request.id for s in engine._scheduler.running)))
+    assert ("ab" in beside) == (kernel == "native"), "elsewhere it is copied, and takes seven blocks of eight"
+    assert not any("other" in names and names != "other" for names in beside)
+    assert engine.stats()["preempted"] == 0
+    expected = run(make_engine(model, load=adapters, kernel=kernel), *asked)
+    assert {key: one.token_ids for key, one in answers.items()} == {key: one.token_ids for key, one in expected.items()}
+    nothing_left(engine)
+
+
 # the scheduler alone
 
 
@@ -309,3 +331,21 @@ def test_one_that_has_hardly_begun_is_spared_where_another_has_had_its_turn():
     assert steps.preempted == [longer]
     steps.step(300)
     assert states(old, longer, begun) == [SequenceState.FINISHED] * 3
+
+
+@pytest.mark.parametrize("borrowed", [0, 20])
+def test_nothing_is_preempted_for_room_that_a_request_borrows(borrowed):
+    steps = Steps(blocks=14, preempt_after=1)
+    old = steps.add("a", 20, 60)
+    steps.step(20)
+    new = steps.add("b", 24, 8)
+
+    def foresee(one):
+        one.borrowed = borrowed if one is new else 0
+        return True
+
+    steps.scheduler.foresee = foresee
+    steps.step(2)
+    assert new.state is SequenceState.RUNNING
+    assert steps.preempted == ([] if borrowed else [old])
+    assert new.blocks == (2 if borrowed else 7)

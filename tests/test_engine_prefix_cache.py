@@ -243,7 +243,7 @@ def test_any_schedule_gives_the_answers_of_an_engine_that_keeps_nothing(model_ty
     stats = engine.stats()["prefixes"]
     assert stats["hits"]
     assert stats["evictions"]
-    assert not any(entry.refcount for entry in engine._prefixes._entries.values())
+    assert not engine._prefixes._entries.held_bytes
 
 
 def test_what_was_forgotten_is_not_found_nor_what_a_running_request_read_before(model, adapters):
@@ -318,13 +318,13 @@ def test_what_a_waiting_prefill_begins_with_is_not_evicted_before_it_begins(mode
     answers = drain(engine)
     assert cached(answers, "one") == 2 * BLOCK
     assert answers["one"].token_ids == run(plain, one)["one"].token_ids
-    assert not any(entry.refcount for entry in engine._prefixes._entries.values())
+    assert not engine._prefixes._entries.held_bytes
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_an_eviction_in_the_middle_of_a_prefill_changes_no_answer(model, adapters, kernel):
     size = 2 * 3 * 2 * BLOCK * 8 * 4 + OVERHEAD
-    engine, plain = (engine_of(model, adapters, kernel=kernel, prefix_bytes=bytes_) for bytes_ in (3 * size, 0))
+    engine, plain = (engine_of(model, adapters, kernel=kernel, prefix_bytes=bytes_) for bytes_ in (4 * size, 0))
     run(engine, request("before", BEGINNING, adapter="lora"))
     engine._prefill_budget = None
     engine._scheduler.lone_tokens = engine._scheduler.chunk_tokens = 4  # so that it takes many steps
@@ -332,7 +332,7 @@ def test_an_eviction_in_the_middle_of_a_prefill_changes_no_answer(model, adapter
     engine.add(one)
     engine.step()
     engine._prefixes._unkept.append(  # another prompt that ended meanwhile
-        prefix_cache._Unkept(prefix_cache.reuse_of(request("x", [1]), None), prompt(3 * BLOCK, seed=8), 3)
+        prefix_cache._Unkept(prefix_cache.reuse_of(request("x", [1]), None), prompt(4 * BLOCK, seed=8), 3)
     )
     engine.step()
     evicted = engine.stats()["prefixes"]["evictions"]
@@ -356,7 +356,7 @@ def test_a_cancelled_prefill_leaves_nothing_behind(model, adapters):
     drain(engine)
     engine._scheduler.lone_tokens = 512
     assert cached(run(engine, request("after", [*BEGINNING, *prompt(40, seed=3)])), "after") == 2 * BLOCK
-    assert not any(entry.refcount for entry in engine._prefixes._entries.values())
+    assert not engine._prefixes._entries.held_bytes
 
 
 @pytest.mark.parametrize("kind", [None, "lora", "pedro"])

@@ -96,6 +96,12 @@ class AdapterPool(Generic[A]):
             self._update_evictable(ref)
             return entry
 
+    def ready(self, ref: str) -> A | None:
+        """The adapter if `acquire` would give it now; as there, a load starts if there is none."""
+        with self._changed:
+            entry = self._ensure(ref)
+            return entry.adapter if entry is not None and entry.state is AdapterState.READY else None
+
     def release(self, entry: PooledAdapter[A]) -> None:
         """Drop a reference taken by `acquire`; a draining adapter without references is freed."""
         with self._changed:

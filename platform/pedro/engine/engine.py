@@ -10,8 +10,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class Engine:
         self.max_length = self._processor.max_length
         self._speculator = Speculator(config, self._processor.vocab_size) if config.speculate != "off" else None
         self._scheduler = Scheduler(SchedulerLimits.of(config, *sizes))
+        self._scheduler.foresee = self._foresee
         self._prefixes = PrefixCache(self._runner, config.prefix_bytes, config.share_bare_prefixes)
         self.forget_prefixes = self._prefixes.forget
         self._prefill_budget = PrefillBudget(config.prefill_stall) if self._runner.splits_prefills else None
@@ -132,6 +133,7 @@ class Engine:
             if not self._looked_at_adapters:
                 self._looked_at_adapters = True
                 self._scheduler.unpark()
+            self._prefixes.plan()
             plan = self._scheduler.schedule(self._admit)
             self.idle = not plan
         for sequence in plan.preempted:
@@ -217,6 +219,15 @@ class Engine:
         self._prefixes.look_up(sequence, self._adapter_of(sequence))
         return True
 
+    def _foresee(self, sequence: Sequence) -> bool:
+        """Set what the sequence would find cached if it started now; False while the adapter that it needs loads."""
+        ref = sequence.awaits
+        adapter = self._adapter_of(sequence) or (None if ref is None else self.adapters.ready(ref))
+        if ref is not None and adapter is None:
+            return False
+        self._prefixes.foresee(sequence, adapter)
+        return True
+
     def _adapter_of(self, sequence: Sequence) -> Adapter | None:
         entry = self._held.get(sequence)
         return None if entry is None else entry.adapter
@@ -258,7 +269,8 @@ class Engine:
             if part.begins:
                 self._runner.begin([prefill_row(sequence, self._adapter_of(sequence)) for sequence in leaders])
                 self._prefixes.begun(part.sequences)
-            with self._timed_prefill(part):
+            budget = self._prefill_budget
+            with nullcontext() if budget is None else budget.timed(part, self._scheduler):
                 self._runner.advance(part.until)
             if not part.ends:
                 return
@@ -306,16 +318,6 @@ class Engine:
                 self._accept(*one)
         if speculator is not None:
             speculator.record(sequences, drafts, seconds)
-
-    @contextmanager
-    def _timed_prefill(self, part: PrefillChunk) -> Iterator[None]:
-        """Measure the chunk's cost and derive the size of the next."""
-        began = time.perf_counter()
-        yield
-        if self._prefill_budget is not None:
-            self._prefill_budget.record_prefill(part.until - part.since, time.perf_counter() - began)
-            self._scheduler.chunk_tokens = self._prefill_budget.chunk_tokens(self.config.prefill_tokens)
-            self._prefill_budget.keep_steps_short(self._scheduler)
 
     def _end_prefill(self, groups: tuple[PrefillGroup, ...]) -> None:
         """The vectors are generated: release adapters that decoding does not need."""

@@ -18,6 +18,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VW 16
@@ -111,7 +114,7 @@ typedef struct {                                  /* keys and values on their wa
   float *const *to;                               /* the tensors; then, in floats, where the first head begins and */
   const float *const *from;                       /* how far apart heads are */
   long to_at, to_stride, from_at, from_stride;
-  long heads, count;                              /* count: floats of each head */
+  long heads, count, fresh;                       /* count: floats of each head; fresh: nothing was there before */
 } Copy;
 
 long pedro_simd_width(void) { return VW; }
@@ -551,119 +554,6 @@ static void keep(const Model *M, const Batch *B, const Layer *L, long row, long 
   memcpy(L->values + at, key + kw, d * sizeof(float));
 }
 
-/* A token's heads that share keys and values go over them together, a few at a time: each is read once for all. */
-
-static inline INLINE void score(const int g, const int n, long d, const float *q, const float *keys, float scaling,
-                                float *p, long ldp) { /* p [g, n of ldp] = scaling * q keys', q [g, d], keys [n, d] */
-  const long whole = d - d % VW;
-  vf s[GROUP][4];
-#pragma GCC unroll 4
-  for (int h = 0; h < g; h++)
-#pragma GCC unroll 4
-    for (int j = 0; j < n; j++) s[h][j] = (vf){0};
-  for (long i = 0; i < whole; i += VW) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n; j++) {
-      const vf key = load(keys + j * d + i);
-#pragma GCC unroll 4
-      for (int h = 0; h < g; h++) s[h][j] += load(q + h * d + i) * key;
-    }
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < g; h++, q += d, p += ldp) {
-    if (n == 4) store4(p, sum4(s[h]));
-    else p[0] = sum(s[h][0]);
-    for (int j = 0; j < n; j++) {
-      for (long i = whole; i < d; i++) p[j] += q[i] * keys[j * d + i];
-      p[j] *= scaling;
-    }
-  }
-}
-
-static inline INLINE void mix(const int g, const int n, long d, const Piece *piece, long pieces, const float *p,
-                              long ldp, long at, const float *share, float *out) { /* n vectors of out [g, d] */
-  vf a[GROUP][4];
-#pragma GCC unroll 4
-  for (int h = 0; h < g; h++)
-#pragma GCC unroll 4
-    for (int c = 0; c < n; c++) a[h][c] = (vf){0};
-  for (const Piece *end = piece + pieces; piece < end; p += piece++->count) {
-    const float *values = piece->values + at;
-    for (long t = 0; t < piece->count; t++, values += d) {
-#pragma GCC unroll 4
-      for (int c = 0; c < n; c++) {
-        const vf value = load(values + c * VW);
-#pragma GCC unroll 4
-        for (int h = 0; h < g; h++) a[h][c] += p[h * ldp + t] * value;
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < g; h++)
-#pragma GCC unroll 4
-    for (int c = 0; c < n; c++) store(out + h * d + at + c * VW, a[h][c] * share[h]);
-}
-
-static float soften(float *p, long count) { /* scores to their exponentials, zeros behind; gives 1 / their sum */
-  vf most = all(-INFINITY), total = {0};
-  float high = -INFINITY;
-  for (long t = count; t < padded(count); t++) p[t] = -INFINITY;
-  for (long t = 0; t < count; t += VW) most = vmax(most, load(p + t));
-  for (int i = 0; i < VW; i++) high = most[i] > high ? most[i] : high;
-  for (long t = 0; t < count; t += VW) {
-    const vf x = load(p + t), e = pick(x == -INFINITY, (vf){0}, vexp(x - high));
-    store(p + t, e);
-    total += e;
-  }
-  return 1.0f / sum(total);
-}
-
-static inline INLINE void attend_heads(const int g, const Model *M, const Layer *L, const float *q, long slot, long kv,
-                                       long position, float *out) {
-  const long d = M->head_dim, from = L->window && position >= L->window ? position + 1 - L->window : 0;
-  const long count = position + 1 - from, ldp = padded(count);
-  float *p = scratch(g * ldp + room_for_pieces(M, slot)), *here = p, share[GROUP];
-  Piece *piece = (Piece *)(p + g * ldp);
-  const long pieces = pieces_of(M, L, slot, kv, from, position + 1, piece);
-  long i = 0;
-  for (long n = 0; n < pieces; here += piece[n++].count) {
-    const float *keys = piece[n].keys;
-    long t = 0;
-    for (; t + 4 <= piece[n].count; t += 4) score(g, 4, d, q, keys + t * d, M->scaling, here + t, ldp);
-    for (; t < piece[n].count; t++) score(g, 1, d, q, keys + t * d, M->scaling, here + t, ldp);
-  }
-  for (int h = 0; h < g; h++) share[h] = soften(p + h * ldp, count);
-  for (; i + 4 * VW <= d; i += 4 * VW) mix(g, 4, d, piece, pieces, p, ldp, i, share, out);
-  switch ((d - i) / VW) { /* sums side by side do not wait for one another */
-    case 3: mix(g, 3, d, piece, pieces, p, ldp, i, share, out); break;
-    case 2: mix(g, 2, d, piece, pieces, p, ldp, i, share, out); break;
-    case 1: mix(g, 1, d, piece, pieces, p, ldp, i, share, out); break;
-  }
-  i += (d - i) / VW * VW;
-  for (; i < d; i++)
-    for (int h = 0; h < g; h++) {
-      const float *weight = p + h * ldp;
-      float a = 0;
-      for (long n = 0; n < pieces; n++)
-        for (long t = 0; t < piece[n].count; t++) a += *weight++ * piece[n].values[t * d + i];
-      out[h * d + i] = a * share[h];
-    }
-}
-
-static void attend(long heads, const Model *M, const Layer *L, const float *q, long slot, long kv, long position,
-                   float *out) { /* q and out: [heads, d], of one kv head */
-  switch (heads) {
-    case 1: attend_heads(1, M, L, q, slot, kv, position, out); break;
-    case 2: attend_heads(2, M, L, q, slot, kv, position, out); break;
-#if GROUP > 2
-    case 3: attend_heads(3, M, L, q, slot, kv, position, out); break;
-#endif
-#if GROUP > 3
-    case 4: attend_heads(4, M, L, q, slot, kv, position, out); break;
-#endif
-  }
-}
-
 typedef struct {            /* attention of one layer, or the making of vectors from its inputs */
   const Model *M;
   const Batch *B;
@@ -671,6 +561,9 @@ typedef struct {            /* attention of one layer, or the making of vectors 
   long l;
   float *keys;              /* of a prefill: side by side in blocks of MR, [prompts and kv heads, up to the last row] */
   const long *first_key, *first_tile; /* [prompts + 1]: tokens and tiles of the prompts before */
+  const long *lender, *lent; /* [prompts]: the first `lent` keys lie with the prompt `lender`, which begins alike */
+  const struct Bunch *bunch; /* of a decode step: its rows, those together that begin with the same kept blocks */
+  long bunches;
 } Attention;
 
 static void keep_row(const void *what, long unit, int thread) {
@@ -679,31 +572,7 @@ static void keep_row(const void *what, long unit, int thread) {
   keep(u->M, u->B, u->L, unit / u->M->kv_heads, unit % u->M->kv_heads);
 }
 
-static void attend_row(const void *what, long unit, int thread) { /* a token and a kv head */
-  const Attention *u = what;
-  const Model *M = u->M;
-  const Batch *B = u->B;
-  /* Row after row over one head: what they borrow of the same blocks stays in the cache. */
-  const long d = M->head_dim, group = M->heads / M->kv_heads, row = unit % B->rows, kv = unit / B->rows;
-  const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
-  (void)thread;
-  if (!B->shared) keep(M, B, u->L, row, kv);
-  for (long part = 0, parts = (group + GROUP - 1) / GROUP; part < parts; part++) {
-    const long h = kv * group + group * part / parts, heads = kv * group + group * (part + 1) / parts - h;
-    float *q = B->qkv + row * width + h * d;
-    for (long i = 0; i < heads; i++) rotate(M, u->L->q_norm, B->positions[row], q + i * d);
-    attend(heads, M, u->L, q, B->slots[row], kv, B->positions[row], B->mixed + (row * M->heads + h) * d);
-  }
-}
-
-static void attention(const Model *M, const Batch *B, const Layer *L) {
-  double seen = 0;
-  for (long row = 0; row < B->rows; row++) seen += B->positions[row] + 1;
-  const double work = 8 * seen / B->rows * M->head_dim * M->heads / M->kv_heads;
-  const Attention u = {.M = M, .B = B, .L = L};
-  if (B->shared) share(B->rows * M->kv_heads, 32.0 * M->head_dim, keep_row, &u); /* before a later row looks at them */
-  share(B->rows * M->kv_heads, work, attend_row, &u);
-}
+#include "decode_attention.h"
 
 static void place_row(const void *what, long row, int thread) { /* turn a row's heads, and keep its keys and values */
   const Attention *u = what;
@@ -728,7 +597,7 @@ static void pack_keys(const void *what, long unit, int thread) { /* of a prompt 
   Piece *piece = (Piece *)scratch(room_for_pieces(M, slot));
   float *key = keys_of(u, prompt, kv);
   (void)thread;
-  long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : 0;
+  long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : u->lent[prompt];
   const long pieces = pieces_of(M, u->L, slot, kv, t, count, piece);
   for (long n = 0; n < pieces; n++)
     for (long j = 0; j < piece[n].count; j++, t++) {
@@ -755,7 +624,8 @@ static void attend_prompt(const void *what, long index, int thread) {
   const long blocks = (n + NR - 1) / NR;
   const long width = padded(M->heads * d) + 2 * padded(M->kv_heads * d);
   const long slot = B->slots[first];
-  const float *key = keys_of(u, prompt, kv);
+  const long lent = u->lent[prompt];
+  const float *key = keys_of(u, prompt, kv), *lender = keys_of(u, u->lender[prompt], kv);
   float *p = scratch(count * NR + d * NR + MR * NR + room_for_pieces(M, slot)), *q = p + count * NR, *y = q + d * NR;
   Piece *piece = (Piece *)(y + MR * NR);
   vf lane[2];
@@ -769,7 +639,7 @@ static void attend_prompt(const void *what, long index, int thread) {
       for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
     for (long t = low; t < high; t += MR) {
       const int m = count - t < MR ? count - t : MR;
-      run_near_tile(m, 0, d, key + t * d, m, q, NR, p + t * NR);
+      run_near_tile(m, 0, d, (t < lent ? lender : key) + t * d, m, q, NR, p + t * NR);
     }
     for (int s = 0; s < 2; s++) {
       vf most = all(-INFINITY), total = {0};
@@ -807,16 +677,22 @@ static void attend_prompt(const void *what, long index, int thread) {
 
 static void prompt_attention(const Model *M, const Batch *B, const Layer *L) {
   static __thread Room room;
-  long first_key[B->prompts + 1], first_tile[B->prompts + 1];
+  long first_key[B->prompts + 1], first_tile[B->prompts + 1], lender[B->prompts], lent[B->prompts];
   first_key[0] = first_tile[0] = 0;
   for (long prompt = 0; prompt < B->prompts; prompt++) {
     const long n = B->starts[prompt + 1] - B->starts[prompt], count = B->positions[B->starts[prompt]] + n;
     first_key[prompt + 1] = first_key[prompt] + count;
     first_tile[prompt + 1] =
         first_tile[prompt] + M->heads * tiles_of(2.0 * n * count * M->head_dim, (n + NR - 1) / NR);
+    lender[prompt] = prompt, lent[prompt] = 0;
+    for (long other = 0; other < prompt && M->borrowed && !L->window; other++) {
+      const long alike = in_common(M, B->slots[B->starts[other]], B->slots[B->starts[prompt]]) / MR * MR;
+      if (!lent[other] && alike > lent[prompt]) lender[prompt] = other, lent[prompt] = alike;
+    }
   }
   float *keys = roomy(&room, first_key[B->prompts] * M->kv_heads * M->head_dim);
-  const Attention u = {.M = M, .B = B, .L = L, .keys = keys, .first_key = first_key, .first_tile = first_tile};
+  const Attention u = {.M = M, .B = B, .L = L, .keys = keys, .first_key = first_key, .first_tile = first_tile,
+                       .lender = lender, .lent = lent};
   share(B->rows, 32.0 * (M->heads + 2 * M->kv_heads) * M->head_dim, place_row, &u);
   share(B->prompts * M->kv_heads, TILE, pack_keys, &u);
   share(first_tile[B->prompts], TILE, attend_prompt, &u);
@@ -959,9 +835,15 @@ static int likeliest(const float *y, const unsigned *mask, long words, long voca
 static void copy_head(const void *what, long unit, int thread) { /* of one tensor */
   const Copy *c = what;
   const long tensor = unit / c->heads, head = unit % c->heads;
+  float *to = c->to[tensor] + c->to_at + head * c->to_stride;
   (void)thread;
-  memcpy(c->to[tensor] + c->to_at + head * c->to_stride, c->from[tensor] + c->from_at + head * c->from_stride,
-         c->count * sizeof(float));
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  if (c->fresh) { /* new memory all at once: a fault for every page takes longer. Where it is refused, faults come */
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = (uintptr_t)to / page * page;
+    madvise((void *)first, (uintptr_t)(to + c->count) - first, MADV_POPULATE_WRITE);
+  }
+#endif
+  memcpy(to, c->from[tensor] + c->from_at + head * c->from_stride, c->count * sizeof(float));
 }
 
 /* ---- what native.py calls ---- */
@@ -1006,10 +888,12 @@ void pedro_likeliest(long rows, const float *const *logits, const unsigned *cons
 
 void pedro_decode(Model *M, const Batch *B) {
   enter(M->threads);
+  Bunch bunch[B->rows];
+  const long bunches = bunches_of(M, B, bunch);
   embed(M, B);
   for (long l = 0; l < M->layers; l++) {
     into_attention(M, B, l);
-    attention(M, B, M->layer + l);
+    attention(M, B, M->layer + l, bunch, bunches);
     out_of_attention(M, B, l);
   }
   logits(M, B);

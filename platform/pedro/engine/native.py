@@ -1,4 +1,4 @@
-"""Compiles, caches and loads `native.c` with `thread_pool.h` and `quantised.h`. `native_model.py` packs models for it.
+"""Compiles, caches and loads `native.c` with the headers beside it. `native_model.py` packs models for it.
 
 The first engine on a machine compiles the kernel (about two seconds) into the user's cache directory, under the hash of
 source, compiler, flags and processor. Without a compiler the engine runs on PyTorch only, and logs this.
@@ -21,7 +21,8 @@ from pathlib import Path
 from pedro.adapter_kinds import SITES  # in the order of native.c's enum
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "quantised.h", "thread_pool.h"))
+HEADERS = ("decode_attention.h", "quantised.h", "thread_pool.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", *HEADERS))
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
 
 
@@ -103,7 +104,7 @@ class CopyStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, POINTER(c_void_p)) for name in ("to", "from_")),
-        *((name, c_long) for name in ("to_at", "to_stride", "from_at", "from_stride", "heads", "count")),
+        *((name, c_long) for name in ("to_at", "to_stride", "from_at", "from_stride", "heads", "count", "fresh")),
     ]
 
 

@@ -12,20 +12,18 @@ under it, too.
 
 A block that a sequence is about to begin with is referenced, and never evicted. Where blocks are read in place
 (`KVBlocks`), it stays so until the sequence leaves its slot; what is forgotten meanwhile is found by nobody, and its
-memory given back then.
+memory given back then. What goes where room is needed, and how much may be read in place, is for `prefix_entries`.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from array import array
-from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pedro.engine.kv_blocks import BLOCK, block_bytes
+from pedro.engine.prefix_entries import PrefixEntries, PrefixEntry
 
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
@@ -82,28 +80,20 @@ def reuse_of(request: Request, adapter: Adapter | None, epoch: int = 0, share_ba
     return Reuse(PrefixKey(tenant, request.cache_salt, named, epoch, conditioning), until)
 
 
-EntryKey = tuple[PrefixKey | int, bytes]  # of a first block, or of a child; vectors have no tokens
-
-
-@dataclass(eq=False)
-class PrefixEntry:
-    """A block, with its number and its place in `KVBlocks`, or the vectors of a prompt."""
-
-    adapter: str | None
-    nbytes: int
-    number: int = -1
-    place: int = -1
-    rows: SlotRows | None = None
-    refcount: int = 0
-    gone: bool = False  # nobody finds it any more
-
-
 @dataclass(frozen=True)
 class Prefix:
     """The cached beginning of a prompt: its blocks, and the vectors if they depend on the prompt."""
 
-    blocks: tuple[PrefixEntry, ...]
-    rows: SlotRows | None = None
+    blocks: tuple[PrefixEntry, ...] = ()
+    vectors: PrefixEntry | None = None
+
+    @property
+    def rows(self) -> SlotRows | None:
+        return None if self.vectors is None else self.vectors.rows
+
+    @property
+    def entries(self) -> tuple[PrefixEntry, ...]:
+        return self.blocks if self.vectors is None else (self.vectors, *self.blocks)
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -114,7 +104,7 @@ class Prefix:
         return BLOCK * len(self.blocks)
 
 
-NOTHING = Prefix(())
+NOTHING = Prefix()
 
 
 @dataclass(frozen=True)
@@ -128,59 +118,54 @@ class _Unkept:
 
 
 class PrefixCache:
-    """An LRU cache of `budget_bytes`; if these are less than one block, nothing is cached."""
+    """A cache of `budget_bytes`; if these are less than one block, nothing is cached."""
 
     def __init__(self, runner: Runner, budget_bytes: int, share_bare: bool = False) -> None:
-        self.budget_bytes = budget_bytes
         self._block_bytes = block_bytes(runner.cache) + OVERHEAD
         self._rows_of, self._share_bare = runner.slot_rows, share_bare
         count = budget_bytes // self._block_bytes
         self._blocks = runner.make_blocks(count) if count else None
-        self._free = list(range(count))  # a heap, so that neighbours can be copied together
-        self._entries: OrderedDict[EntryKey, PrefixEntry] = OrderedDict()  # most recently used at the end
-        self._numbers = itertools.count()
+        self._entries = PrefixEntries(budget_bytes, count)
         self._unkept: list[_Unkept] = []
-        self._epoch, self._kept_epoch = 0, 0
-        self._used_bytes = 0
-        self._bytes_of: Counter[str | None] = Counter()
-        self._counts = dict.fromkeys(("queried_tokens", "hits", "saved_tokens", "evictions"), 0)
+        self._epoch, self._next_epoch = 0, 0
+        self._counts = dict.fromkeys(("queried_tokens", "hits", "saved_tokens"), 0)
+
+    def foresee(self, sequence: Sequence, adapter: Adapter | None) -> None:
+        """What `look_up` would find now for a sequence that waits: sets `num_cached` and `borrowed`, and holds
+        nothing."""
+        if sequence.prefix is None:
+            found = self._found(sequence, adapter)
+            sequence.num_cached, sequence.borrowed = found.num_tokens, self._readable(found)
 
     def look_up(self, sequence: Sequence, adapter: Adapter | None) -> None:
         """Before the sequence starts: what its prefill need not read, held until `begun` or `release`. A prompt whose
         log-probabilities, or mean, are asked for is read whole: they need the state of every token."""
         self.release(sequence)
-        sequence.num_cached = 0
-        if self._blocks is None:
-            return
-        if sequence.reuse is None:
-            sequence.reuse = reuse_of(sequence.request, adapter, self._epoch, self._share_bare)
-        whole = sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
-        if whole and not sequence.resumes:
-            return
-        found = self._find(sequence.reuse, sequence.prefill_ids)
-        if found.blocks:
-            self._hold(sequence, found)
-            sequence.num_cached = found.num_tokens
+        found = self._found(sequence, adapter)
+        sequence.foreseen = None
+        sequence.num_cached, sequence.borrowed = found.num_tokens, self._readable(found)
+        self._hold(sequence, found)
 
     def begun(self, sequences: Iterable[Sequence]) -> None:
-        """The prefill of these began: where blocks are not read in place, their slots hold what was found."""
-        if self._blocks is not None and not self._blocks.in_place:
-            for sequence in sequences:
-                self.release(sequence)
+        """The prefill of these began: their slots hold what was found, but for what they read in place."""
+        for sequence in sequences:
+            if sequence.prefix is not None and sequence.borrowed < sequence.prefix.num_tokens:
+                self._hold(sequence, _first(sequence.prefix, sequence.borrowed))
 
     def follow(self, sequence: Sequence, leader: Sequence) -> None:
         """The sequence goes on from a prompt that `leader` read for both: it borrows what it can of that, at least what
         `leader` does."""
         self.release(sequence)
         if self._blocks is not None and self._blocks.in_place and leader.reuse is not None:
-            found, held = self._find(leader.reuse, leader.request.prompt_ids), leader.prefix or NOTHING
-            self._hold(sequence, max(held, found, key=lambda prefix: prefix.num_tokens))
+            found = self._find(leader.reuse, leader.request.prompt_ids)
+            prefix = max(leader.prefix or NOTHING, _first(found, self._readable(found)), key=lambda one: one.num_tokens)
+            self._hold(sequence, prefix)
+            sequence.borrowed = prefix.num_tokens
 
     def release(self, sequence: Sequence) -> None:
         """Nothing that was found for the sequence is needed any longer: it left its slot, or does not start."""
-        if sequence.prefix is not None:
-            self._let_go(sequence.prefix.blocks)
-            sequence.prefix, sequence.borrowed = None, 0
+        self._hold(sequence, NOTHING)
+        sequence.borrowed = 0
 
     def prefilled(self, made: list[NewToken], counts: bool) -> None:
         """Note a prompt for caching, once the answers to its request have their first tokens. `counts`: whether the
@@ -202,75 +187,86 @@ class PrefixCache:
     def keep(self) -> None:
         """Copy noted contents to the cache before slots are reused. Separate from the step that computed them, so as
         not to delay the first token."""
-        if self._kept_epoch != self._epoch:
-            self._kept_epoch = self._epoch
-            for key in list(self._entries):
-                self._drop(key)
         unkept = [one for one in self._unkept if not any(block.gone for block in one.borrowed)]
         self._unkept = []
         for one in unkept:  # making room for one must not take what the next begins with
-            self._refer(one.borrowed)
+            self._entries.refer(one.borrowed)
         for one in unkept:
             self._keep(one)
-            self._let_go(one.borrowed)
+            self._entries.let_go(one.borrowed)
 
     def forget(self) -> None:
         """Invalidate everything read so far, also by requests that still run. From any thread."""
-        self._epoch += 1
+        self._next_epoch += 1
+
+    def plan(self) -> None:
+        """Before a step is planned, under the engine's lock: what was forgotten is not found from here on."""
+        if self._epoch != self._next_epoch:
+            self._epoch = self._next_epoch
+            for entry in self._entries.all():
+                self._entries.drop(entry)
 
     def stats(self) -> dict[str, Any]:
         """Tokens queried, prompts with a hit, tokens saved, evictions; current blocks and bytes."""
         return {
             **self._counts,
+            "evictions": self._entries.evictions,
             "blocks": len(self._entries),
-            "used_bytes": self._used_bytes,
-            "budget_bytes": self.budget_bytes,
-            "bytes_by_adapter": dict(self._bytes_of),
+            "used_bytes": self._entries.used_bytes,
+            "held_bytes": self._entries.held_bytes,
+            "budget_bytes": self._entries.budget_bytes,
+            "bytes_by_adapter": dict(self._entries.bytes_by_adapter),
         }
+
+    def _found(self, sequence: Sequence, adapter: Adapter | None) -> Prefix:
+        """What is kept of the sequence's beginning. Asked again while it waits, it looks only if something changed."""
+        if self._blocks is None:
+            return NOTHING
+        if sequence.reuse is None or (sequence.reuse.key.epoch != self._epoch and not sequence.resumes):
+            sequence.reuse = reuse_of(sequence.request, adapter, self._epoch, self._share_bare)
+        elif sequence.foreseen is not None and sequence.foreseen[0] == self._entries.changes:
+            return sequence.foreseen[1]
+        whole = sequence.params.prompt_logprobs is not None or sequence.params.pooling == "mean"
+        found = NOTHING if whole and not sequence.resumes else self._find(sequence.reuse, sequence.prefill_ids)
+        sequence.foreseen = self._entries.changes, found
+        return found
 
     def _find(self, reuse: Reuse, token_ids: list[int]) -> Prefix:
         """The blocks with the beginning of the prompt. At least its last token remains to be read."""
+        if len(token_ids) <= BLOCK:
+            return NOTHING
         found: list[PrefixEntry] = []
-        keys: list[EntryKey] = []
-        key, rows = reuse.key, None
-        if key.conditioning:
-            vectors = self._entries.get((key, b""))
-            if vectors is None:
-                return NOTHING
-            keys.append((key, b""))
-            rows = vectors.rows
-        parent: PrefixKey | int = key
+        parent: PrefixKey | int = reuse.key
+        vectors = self._entries.get((parent, b"")) if reuse.key.conditioning else None
+        if reuse.key.conditioning and vectors is None:
+            return NOTHING
         for tokens in _blocks(token_ids[:-1][: reuse.until]):
             block = self._entries.get((parent, tokens))
             if block is None:
                 break
-            keys.append((parent, tokens))
             found.append(block)
             parent = block.number
-        self._touch(keys)
-        return Prefix(tuple(found), rows)
+        return Prefix(tuple(found), vectors) if found else NOTHING
+
+    def _readable(self, prefix: Prefix) -> int:
+        """How many of its tokens may be read in place, for as long as a request runs."""
+        if self._blocks is None or not self._blocks.in_place or not prefix.blocks:
+            return 0
+        return BLOCK * max(0, self._entries.readable(prefix.entries) - (prefix.vectors is not None))
 
     def _hold(self, sequence: Sequence, prefix: Prefix) -> None:
-        """The sequence begins with these until `release`."""
-        assert self._blocks is not None, "nothing is found where nothing is kept"
-        self._refer(prefix.blocks)
-        sequence.prefix = prefix
-        sequence.borrowed = prefix.num_tokens if self._blocks.in_place else 0
-
-    def _refer(self, blocks: Iterable[PrefixEntry]) -> None:
-        for block in blocks:
-            block.refcount += 1
-
-    def _let_go(self, blocks: Iterable[PrefixEntry]) -> None:
-        for block in blocks:
-            block.refcount -= 1
-            if block.gone and not block.refcount:
-                self._give_back(block)
+        """The sequence begins with these until it holds others, or none."""
+        before, sequence.prefix = sequence.prefix, prefix if prefix.blocks else None
+        if prefix.blocks:
+            self._entries.refer(prefix.entries)
+        if before is not None:
+            self._entries.let_go(before.entries)
 
     def _note(self, sequence: Sequence, reuse: Reuse, token_ids: list[int]) -> None:
         """Have `keep` keep these tokens of the sequence's, which its slot holds until then."""
-        borrowed = () if sequence.prefix is None else sequence.prefix.blocks
-        self._unkept.append(_Unkept(reuse, token_ids, sequence.slot, borrowed))
+        if len(token_ids) >= BLOCK:
+            borrowed = () if sequence.prefix is None else sequence.prefix.blocks
+            self._unkept.append(_Unkept(reuse, token_ids, sequence.slot, borrowed))
 
     def _count(self, leader: Sequence) -> None:
         """Count a prompt that was read for the first of its answers."""
@@ -286,101 +282,45 @@ class PrefixCache:
         """Copy the whole blocks that are not cached yet, as many from the beginning as fit."""
         assert self._blocks is not None, "nothing is noted without a cache"
         key, until = one.reuse
-        blocks = list(_blocks(one.token_ids[:until]))
-        here: list[EntryKey] = []
+        here: list[PrefixEntry] = []
+        new = list(_blocks(one.token_ids[:until]))
+        if key.conditioning and new and (vectors := self._entries.get((key, b""))) is not None:
+            here.append(vectors)
+        have_vectors = bool(here) or not key.conditioning
         parent: PrefixKey | int = key
-        for tokens in blocks:
-            block = self._entries.get((parent, tokens))
-            if block is None:
-                break
-            here.append((parent, tokens))
-            parent = block.number
-        first, rows, borrowed = len(here), (key, b""), len(one.borrowed)
+        first = 0
+        while first < len(new) and (block := self._entries.get((parent, new[first]))) is not None:
+            here.append(block)
+            parent, first = block.number, first + 1
+        borrowed = len(one.borrowed)
         if first < borrowed:  # in another epoch
             return
-        made: list[tuple[EntryKey, PrefixEntry]] = []
-        if key.conditioning and rows in self._entries:
-            here.insert(0, rows)
-        for entry_key in here:  # evicting for the end must not remove the beginning
-            self._entries[entry_key].refcount += 1
-        if key.conditioning and blocks and rows not in here:
-            vectors = self._take_rows(key, one.slot)
-            if vectors is None:
-                blocks = []
-            else:
-                made.append((rows, vectors))
+        self._entries.refer(here)  # evicting for the end must not remove the beginning
+        made = [] if have_vectors or not new else self._take_vectors(key, one.slot)
         places = []
-        for tokens in blocks[first:]:
-            block = self._take_block(key.adapter)
-            if block is None:
+        for tokens in new[first:] if have_vectors or made else ():
+            taken = self._entries.take((parent, tokens), key.tenant, key.adapter, self._block_bytes)
+            if taken is None:
                 break
-            made.append(((parent, tokens), block))
-            places.append(block.place)
-            parent = block.number
+            made.append(taken)
+            places.append(taken.place)
+            parent = taken.number
         if places:
             self._blocks.save(one.slot, first - borrowed, places)
-        for entry_key in here:
-            self._entries[entry_key].refcount -= 1
-        self._entries.update(made)  # from now on they are found
-        keys = [*here, *(entry_key for entry_key, _ in made)]
-        self._touch(sorted(keys, key=lambda entry_key: bool(entry_key[1])))
+        self._entries.add(made)
+        self._entries.let_go(here)
 
-    def _take_block(self, adapter: str | None) -> PrefixEntry | None:
-        """A place for a new block; None if there is none."""
-        if not self._make_room(self._block_bytes):
-            return None
-        self._account(adapter, self._block_bytes)
-        return PrefixEntry(adapter, self._block_bytes, next(self._numbers), heapq.heappop(self._free))
-
-    def _take_rows(self, key: PrefixKey, slot: int) -> PrefixEntry | None:
-        """The slot's vectors; None if they do not fit."""
+    def _take_vectors(self, key: PrefixKey, slot: int) -> list[PrefixEntry]:
+        """The slot's vectors; empty if they do not fit."""
         rows = self._rows_of(slot)
         nbytes = sum(row.nbytes for row in rows.values()) + len(key.conditioning) + OVERHEAD
-        if not self._make_room(nbytes):
-            return None
-        self._account(key.adapter, nbytes)
-        return PrefixEntry(key.adapter, nbytes, rows=rows)
+        taken = self._entries.take((key, b""), key.tenant, key.adapter, nbytes, rows)
+        return [] if taken is None else [taken]
 
-    def _account(self, adapter: str | None, nbytes: int) -> None:
-        self._used_bytes += nbytes
-        self._bytes_of[adapter] += nbytes
-        if not self._bytes_of[adapter]:
-            del self._bytes_of[adapter]
 
-    def _make_room(self, nbytes: int) -> bool:
-        """Evict until `nbytes` more fit; False if referenced blocks prevent it."""
-        while self._used_bytes + nbytes > self.budget_bytes:
-            if not self._evict():
-                return False
-        return True
-
-    def _evict(self) -> bool:
-        """Drop the least recently used entry without references; False if there is none."""
-        for _ in range(len(self._entries)):
-            key = next(iter(self._entries))
-            if not self._entries[key].refcount:
-                self._drop(key)
-                return True
-            self._entries.move_to_end(key)  # is read now: passed over once, not for each block
-        return False
-
-    def _drop(self, key: EntryKey) -> None:
-        """Let the entry not be found any more; its memory is free once nothing refers to it."""
-        entry = self._entries.pop(key)
-        entry.gone = True
-        self._counts["evictions"] += 1
-        if not entry.refcount:
-            self._give_back(entry)
-
-    def _give_back(self, entry: PrefixEntry) -> None:
-        if entry.place >= 0:
-            heapq.heappush(self._free, entry.place)
-        self._account(entry.adapter, -entry.nbytes)
-
-    def _touch(self, keys: list[EntryKey]) -> None:
-        """Mark entries as used, the first one last: a block cannot be found without its parent."""
-        for key in reversed(keys):
-            self._entries.move_to_end(key)
+def _first(prefix: Prefix, tokens: int) -> Prefix:
+    """Its first tokens, of whole blocks."""
+    return Prefix(prefix.blocks[: tokens // BLOCK], prefix.vectors) if tokens else NOTHING
 
 
 def _blocks(token_ids: list[int]) -> Iterable[bytes]:

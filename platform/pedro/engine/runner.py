@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pedro.engine import native_model
 from pedro.engine.graphs import GraphCapture, find_paged_attention, uses_graphs
 from pedro.engine.kernel_threads import granted_threads
-from pedro.engine.kv_blocks import KVBlocks
+from pedro.engine.kv_blocks import BLOCK, KVBlocks
 from pedro.engine.kv_budget import KVBudget, allowed_blocks, check_whole
 from pedro.engine.kv_cache import KVCache, PagedKVCache, SlotCache
 from pedro.engine.modulation import ConditionedRow, GeneratorBatch, Modulation, PreemptedState, Segment, SlotRows
@@ -46,7 +46,8 @@ class PrefillRow:
 
     `pooling` ("last" or "mean"): return its embedding. `preempted_state`: rows saved at a preemption or cached with the
     same prompt, used instead of the adapter, which acts from position `start` on. `places`: the cached blocks that it
-    begins with, of `num_cached` tokens; those read in place must stay until `release`.
+    begins with, of `num_cached` tokens. The first `borrowed` of these are read in place, and must stay until `release`;
+    the rest is copied.
     """
 
     slot: int
@@ -59,6 +60,7 @@ class PrefillRow:
     start: int = 0
     places: tuple[int, ...] = ()
     num_cached: int = 0
+    borrowed: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,13 @@ class Runner:
         self._prefills.append(prefill)
         segments, start = prefill.segments, 0
         for row in rows:
-            in_place = self._borrow(row.slot, row.places)
+            in_place = row.borrowed // BLOCK
+            self._borrow(row.slot, row.places[:in_place])
             self._use(row.slot, len(row.token_ids))
             segments.append(Segment(start, start + len(row.token_ids) - row.num_cached, row.slot))
-            if row.places and not in_place:
+            if row.places[in_place:]:
                 assert self._blocks is not None, "cached blocks need a cache"
-                self._blocks.load(row.slot, row.places)
+                self._blocks.load(row.slot, row.places[in_place:])
             start = segments[-1].stop
         conditioned = [
             ConditionedRow(
@@ -324,13 +327,11 @@ class Runner:
         if isinstance(self._executor, TorchModel):
             self._executor.close()
 
-    def _borrow(self, slot: int, places: Sequence[int]) -> bool:
-        """Have the slot's sequence begin with the blocks at `places`; False where they cannot be read in place."""
-        if self._blocks is None or not self._blocks.in_place:
-            return False
+    def _borrow(self, slot: int, places: Sequence[int]) -> None:
+        """Have the slot's sequence begin with the blocks at `places`."""
         if places or self.cache.borrowed[slot]:
+            assert self._blocks is not None, "cached blocks need a cache"
             self._blocks.borrow(slot, places)
-        return True
 
     def _use(self, slot: int, length: int) -> None:
         """The slot's sequence is about to have `length` positions."""

@@ -10,7 +10,9 @@ takes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -85,6 +87,14 @@ class KVRoom:
             s for s in running if s.length + step - s.borrowed > s.blocks * self._block and self._needs(s) > s.blocks
         ]
 
+    def trim(self, running: Iterable[Sequence]) -> None:
+        """Free the blocks of prompts that were to be copied and are read in place, since they are kept by now."""
+        for sequence in running:
+            more = sequence.blocks - self._needs(sequence) if sequence.borrowed else 0
+            if more > 0:
+                sequence.blocks -= more
+                self.used -= more
+
     def growing(self, running: Iterable[Sequence]) -> int:
         """How many sequences may come to need more blocks."""
         return sum(self._most(s) * s.width > s.blocks * self._block for s in running)
@@ -138,6 +148,15 @@ class PrefillBudget:
         """`tokens` tokens' worth of a prefill, through all layers, took `seconds`."""
         if tokens > 0:
             self._token_s = _mean(self._token_s, seconds / tokens)
+
+    @contextmanager
+    def timed(self, part: PrefillChunk, scheduler: Scheduler) -> Iterator[None]:
+        """Measure a chunk's cost and derive the size of the next."""
+        began = time.perf_counter()
+        yield
+        self.record_prefill(part.until - part.since, time.perf_counter() - began)
+        scheduler.chunk_tokens = self.chunk_tokens(scheduler.limits.prefill_tokens)
+        self.keep_steps_short(scheduler)
 
     def chunk_tokens(self, most: int) -> int:
         """The size of the next chunk: at most `most` tokens' worth, and exactly that until both costs are known."""

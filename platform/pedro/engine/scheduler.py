@@ -54,6 +54,7 @@ class Scheduler:
         self._prefills: list[PrefillProgress] = []  # the last is in progress; one before it is paused
         self._steps = 0
         self._sat_out = False  # whether tenants over their share were skipped in the last step
+        self.foresee: Callable[[Sequence], bool] = lambda _: True  # whether its adapter is ready; sets what is cached
         self.newcomer_tokens: float | None = None  # average prompt length for which capacity is reserved
         # the engine lowers these while others wait, from measured costs
         self.chunk_tokens = limits.prefill_tokens  # per step, of a prefill beside running sequences
@@ -98,7 +99,8 @@ class Scheduler:
         return shed
 
     def schedule(self, admit: Callable[[Sequence], bool]) -> SchedulerOutput:
-        """The next step. `admit(sequence)` says whether its adapter is ready, and if so acquires it once."""
+        """The next step. `admit(sequence)` says whether its adapter is ready, and if so acquires it once, with what is
+        cached for the sequence. `foresee` says so before, and acquires nothing."""
         self._shares.forget()
         self._steps += 1
         preempted = self._go_on()
@@ -174,6 +176,7 @@ class Scheduler:
     def _go_on(self) -> list[Sequence]:
         """Reserve the blocks that running sequences need for the next step; returns those that must be preempted."""
         preempted: list[Sequence] = []
+        self.kv.trim(self.running)
         for sequence in self.kv.short(self.running):
             while sequence.blocks and self.kv.missing(sequence) > 0:
                 preempted.append(to_grow(self.running, self._of))
@@ -197,10 +200,10 @@ class Scheduler:
             head = tenant.ready[0][-1]
             if passed and tenant.counter > passed[0].counter + self.limits.preempt_after:
                 break
-            if head.awaits in self._parked or (head.width > 1 and not admit(head)):
+            if head.awaits in self._parked or not self.foresee(head):
                 self._park(tenant)  # it must not block others before its adapter is loaded
                 continue
-            if head in preempted or (groups and tokens + head.length > self.limits.prefill_tokens):
+            if head in preempted or (groups and tokens + head.unread > self.limits.prefill_tokens):
                 break
             if groups and self._shares.over(tenant) != over:
                 break
@@ -233,7 +236,7 @@ class Scheduler:
         most = min(other.counter for other in under_way.tenants) + (self.limits.preempt_after if favoured else 0)
         if tenant in under_way.tenants or tenant.counter > most:
             return False
-        return favoured or 2 * head.length <= under_way.tokens - under_way.done
+        return favoured or 2 * head.unread <= under_way.tokens - under_way.done
 
     def _must_leave_room(self, tenant: Tenant) -> bool:
         """Whether some free slots are reserved from this tenant for others. A tenant that runs nothing may use any."""
@@ -249,8 +252,9 @@ class Scheduler:
         self._occupy(tenant, head)
         for sibling in head.siblings if not head.resumes else ():
             fresh = sibling.state is SequenceState.WAITING and not sibling.resumes
-            room = self._room(tenant) > 0 and self.kv.missing(sibling, self.kv.growing(self.running)) <= 0
-            if fresh and room and admit(sibling):
+            if not fresh or self._room(tenant) <= 0 or not self.foresee(sibling):
+                continue
+            if self.kv.missing(sibling, self.kv.growing(self.running)) <= 0 and admit(sibling):
                 self._occupy(tenant, sibling)
                 group.append(sibling)
         if not head.resumes:  # a preempted sequence is charged for its prompt once

@@ -244,8 +244,9 @@ class Sequence:
         self.preempted_state: PreemptedState | None = None  # saved by the runner
         self.reuse: Reuse | None = None  # who may reuse its prefix
         self.prefix: Prefix | None = None  # cached prefix of its next prefill, while its blocks are needed
-        self.borrowed = 0  # tokens of `prefix` that are read in place, not copied to its slot
-        self.num_cached = 0  # tokens of `prefix`, until that prefill ends
+        self.foreseen: tuple[int, Prefix] | None = None  # while it waits, what the cache had for it, and when
+        self.borrowed = 0  # tokens of that which are read in place, not copied to its slot
+        self.num_cached = 0  # tokens of that, until its prefill ends
         self.cached_tokens = 0  # prompt tokens found in the cache; the same for all answers to a request
         self.resumes = False  # whether it ran before: its vectors exist, its prompt was reported
         self.prompt_read = False  # and counted, for this answer or another to the same request

@@ -52,6 +52,7 @@ def prefill_row(sequence: Sequence, adapter: Adapter | None) -> PrefillRow:
         start=start,
         places=places_of(sequence),
         num_cached=sequence.num_cached,
+        borrowed=sequence.borrowed,
     )
 
 
