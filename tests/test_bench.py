@@ -322,10 +322,9 @@ def test_what_a_request_takes_is_split_into_what_is_fixed_and_what_its_tokens_ad
     for tokens in (10, 110):  # 500 us a request and 20 a token in the gateway, half as much in the proxy
         run = http_costs.Spent(4, tokens)
         used = 4 * (500 + 20 * tokens) / 1e6
-        before = {"proxy": 1.0, "gateway": 2.0, "engine": 3.0, "ray": 4.0}
-        after = before | {"proxy": 1.0 + used / 2, "gateway": 2.0 + used}
+        seconds = {"proxy": used / 2, "gateway": used, "engine": 0.0, "ray": 0.0}
         for _ in range(2):
-            run.add(before, after, {**figures, "events": 4 * tokens / 5, "cpu_s": 0.0})
+            run.add({**figures, "events": 4 * tokens / 5, "cpu_s": 0.0, "seconds": seconds})
         spent.append(run)
     row = spent[0].row("tiny")
     assert (row["batch"], row["answer_tokens"], row["events"]) == (4, 10, 2.0)

@@ -59,7 +59,7 @@ def run(options: Options, server: Server, home: Path, log: Log) -> BenchmarkRepo
             for rows in (batch, 1):
                 seen = _rounds(pool, rows, rounds if rows > 1 else 3 * rounds, log)
                 _add(report, server.size, rows, seen)
-            http_costs.add(report, pool, server.size, home, options.quick, log, (batch,))
+            http_costs.add(report, pool, server.size, home, options.quick, log)
         report.skipped |= pool.skipped
     return report
 

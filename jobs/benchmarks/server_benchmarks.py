@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from jobs.benchmarks import (
     dry_run,
     fairness,
     fairness_http,
-    http_costs,
     http_overhead,
     outage,
     queue_kills,
@@ -50,11 +48,7 @@ REGISTRY_COLUMNS = (
 def http_report(options: Options, log: Log) -> BenchmarkReport:
     """The cost of gateway and Serve."""
     with running_server(options, log) as running:
-        report = http_overhead.run(options, running.server, running.local.settings.home, log)
-    if not options.quick:
-        with running_server(replace(options, models=(http_costs.MODEL,)), log) as running:
-            http_costs.add_small(report, running.server, running.local.settings.home, log)
-    return report
+        return http_overhead.run(options, running.server, running.local.settings.home, log)
 
 
 def fairness_report(options: Options, log: Log) -> BenchmarkReport:

@@ -5,39 +5,46 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+from jobs.benchmarks.http_costs import ProcessorTime
 from jobs.benchmarks.model_sizes import MODEL_SIZES, prompts
 from jobs.benchmarks.timeline import Timeline
 
 
 class HttpClient:
     """Set-up: size, url, key, model. A run streams the order's prompts at once; `callers` are others than the set-up's,
-    a model and a key for each prompt."""
+    a model and a key for each prompt; `home` is the server's, whose processes' time is to be told."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self._size, self._model = MODEL_SIZES[setup["size"]], setup["model"]
         self._url, self._key = setup["url"], setup["key"]
 
-    def run(self, order: dict[str, Any]) -> dict[str, float]:
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
         """Figures of Timeline, the events that brought tokens, and the processor time that all this took of the client.
         A slice of the stream may bring several tokens, which count from when they came."""
         return asyncio.run(self._run(order))
 
-    async def _run(self, order: dict[str, Any]) -> dict[str, float]:
+    async def _run(self, order: dict[str, Any]) -> dict[str, Any]:
         asked = prompts(self._size, order["batch"], order["prompt"], order["seed"])
         callers = order.get("callers") or [(self._model, self._key)] * len(asked)
         limits = httpx.Limits(max_connections=len(asked), max_keepalive_connections=len(asked))
         async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=300) as client:
             await asyncio.gather(*(client.get("/health") for _ in asked))  # connections are open before time is taken
+            watched = ProcessorTime(Path(order["home"])) if "home" in order else None
+            before = watched.read() if watched is not None else Counter[str]()
             timeline, cpu_s = Timeline(), time.process_time()
             streams = enumerate(zip(asked, callers, strict=True))
             await asyncio.gather(
                 *(_stream(client, str(i), ids, caller, order["new"], timeline) for i, (ids, caller) in streams)
             )
-            used = {"events": timeline.events, "cpu_s": time.process_time() - cpu_s}
+            used: dict[str, Any] = {"events": timeline.events, "cpu_s": time.process_time() - cpu_s}
+            if watched is not None:
+                used["seconds"] = await watched.since(before)
         return {**timeline.figures(), **timeline.tails(), **used}
 
 
