@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray.train import UserCallback
@@ -14,11 +15,15 @@ class TellLosses(UserCallback):
         self._max, self._count = max_failures, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train."""
+        self.tell(worker_exceptions)
+
+    def tell(self, lost: Mapping[int, Exception]) -> None:
         """One line per loss, of one or several workers."""
         self._count += 1
-        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-        what = f"worker {ranks} was lost" if len(worker_exceptions) == 1 else f"worker processes {ranks} were lost"
-        why = reason(next(iter(worker_exceptions.values())))
+        ranks = ", ".join(str(rank) for rank in sorted(lost))
+        what = f"worker {ranks} was lost" if len(lost) == 1 else f"worker processes {ranks} were lost"
+        why = reason(next(iter(lost.values())))
         then = "no more are replaced"
         if self._count <= self._max:
             then = f"replaced, {self._count} of at most {self._max} times; training resumes from the last checkpoint"

@@ -118,6 +118,7 @@ def fit(
     run_config: Any = ray.train.RunConfig  # the types describe V1; V2's fields and return values differ
     loop: Any = work
     for_workers = settings.env_of_workers()
+    losses = TellLosses(resources.max_failures)
     trainer = LeanTorchTrainer(
         loop,
         train_loop_config={
@@ -130,6 +131,7 @@ def fit(
             "trace": tracing.TRACEPARENT.get(),
         },
         errands=Errands(settings, spec.ref, run_id, job_id),
+        tell_lost=losses.tell,
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
@@ -140,7 +142,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            callbacks=[*callbacks, TellLosses(resources.max_failures)],
+            callbacks=[*callbacks, losses],
             worker_runtime_env={"env_vars": for_workers},
         ),
     )
