@@ -79,7 +79,7 @@ def _controller(tell_lost: TellLost) -> Any:
             try:
                 super()._start_impl(worker_group_state_builder)
             except (RayActorError, WorkerGroupStartupFailedError) as error:
-                self._clear_state()  # a group that has not started is freed by Ray
+                self._clear_state()  # type: ignore[no-untyped-call]  # a group that has not started is freed by Ray
                 lost = {0: error.__cause__ if isinstance(error.__cause__, Exception) else error}
                 tell_lost(lost)
                 raise WorkerGroupError(str(lost[0]), lost) from error
