@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 LONGEST = 4096  # bytes of an input
@@ -31,7 +30,7 @@ def search(name: str, folder: Path, seconds: int) -> None:
     (corpus / "seed").write_bytes(SEEDS[name])
     options = [f"-max_total_time={seconds}", f"-max_len={LONGEST}", "-timeout=20", "-rss_limit_mb=4096"]
     options.append(f"-artifact_prefix={tempfile.gettempdir()}/")
-    atheris.Setup([sys.argv[0], *options, str(corpus)], partial(TARGETS[name], folder=folder))
+    atheris.Setup([sys.argv[0], *options, str(corpus)], lambda data: TARGETS[name](data, folder))
     atheris.Fuzz()
 
 
@@ -42,7 +41,7 @@ def main() -> int:
     parser.add_argument("--in", dest="folder", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.folder:
-        search(*asked.targets, asked.folder, asked.seconds)
+        search(asked.targets[0], asked.folder, asked.seconds)
     if importlib.util.find_spec("atheris") is None:
         parser.error("atheris is not installed; pip install atheris")
     status = 0
