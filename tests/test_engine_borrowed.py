@@ -338,6 +338,24 @@ def test_what_is_borrowed_takes_none_of_the_budget_for_running_sequences():
     assert cache._free + sum(cache.room) // cache.block == cache.blocks
 
 
+@pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="blocks are larger where memory pages are")
+@pytest.mark.parametrize("blocks", [11, 13])
+def test_answers_to_a_prompt_of_which_only_a_part_is_read_in_place_fit_into_what_they_are_charged(blocks):
+    """Of the ten blocks that are kept six are read in place, while another request needs two to four."""
+    model = random_backbone("llama", head_dim=64, max_position_embeddings=256)
+    block = 2 * 3 * 2 * 16 * 64 * 4
+    kept = 12 * (block + OVERHEAD)
+    engine, plain = engine_of(model, kv_memory=blocks * block, prefix_bytes=kept), engine_of(model, prefix_bytes=0)
+    long = prompt(161, seed=4)
+    run(engine, request("first", long, 1))
+    asked = [
+        request("beside", prompt(20, seed=9), 30, ignore_eos=True),
+        request("n", long, 12, n=2, temperature=1.0, seed=11, ignore_eos=True),
+    ]
+    assert tokens(run(engine, *asked)) == tokens(run(plain, *asked))
+    nothing_held(engine)
+
+
 # the kernel
 
 

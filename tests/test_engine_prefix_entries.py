@@ -83,6 +83,26 @@ def test_what_is_referred_to_stays_and_at_most_half_may_be_for_long():
     assert len(keep(entries, "reader", "new")) == 1
 
 
+def test_what_is_held_until_requests_begin_lets_nobody_refer_to_more_than_half():
+    entries = entries_of(10)
+    read = keep(entries, "reader", *range(8))
+    entries.refer(read)  # by one that has not begun, of which it may keep five
+    assert entries.readable(read) == 0
+    entries.refer(read[:5])
+    entries.let_go(read)
+    assert entries.readable(read) == 5
+
+
+def test_a_tenant_that_has_something_read_is_not_idle():
+    clock = Clock()
+    entries = entries_of(10, clock)
+    read = keep(entries, "reads", *"ab")
+    entries.refer(read[:1])
+    clock.now += IDLE_S + 1
+    keep(entries, "busy", *range(20))
+    assert has(entries, "reads") == list("ab")
+
+
 def test_the_end_of_a_prompt_goes_before_its_beginning_however_it_was_used():
     entries = entries_of(4)
     made = [entries.take(("t", at), "t", None, 100) for at in range(4)]
@@ -118,7 +138,8 @@ def slow_choice(entries, last_used, seen, asking, now):
     owners = {entry.tenant for entry in free}
     if not owners:
         return None
-    idle = [name for name in owners if seen[name] <= now - IDLE_S]
+    reading = {entry.tenant for entry in entries.all() if entry.refcount}
+    idle = [name for name in owners - reading if seen[name] <= now - IDLE_S]
     if idle:
         given = {min(idle, key=seen.__getitem__)}
     else:

@@ -8,6 +8,7 @@ import pytest
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorUnavailableError
 
+from pedro.serving import ray_connection
 from pedro.serving.protocol import ReplicaLost
 from pedro.serving.ray_connection import RayReplicaConnection
 
@@ -55,11 +56,15 @@ def unavailable():
 LOST = [unavailable, asyncio.CancelledError, lambda: ActorUnavailableError("gone", b"x" * 16)]
 
 
-@pytest.mark.parametrize(("switch", "by_reference"), [("1", False), ("0", None), (None, None)])
-def test_replicas_are_asked_by_grpc_where_serve_was_told_to_use_it(switch, by_reference, monkeypatch):
-    monkeypatch.delenv("RAY_SERVE_PROXY_USE_GRPC", raising=False)
-    if switch is not None:
-        monkeypatch.setenv("RAY_SERVE_PROXY_USE_GRPC", switch)
+@pytest.mark.parametrize(
+    ("switch", "limit", "by_reference"), [("1", "-1", False), ("0", "-1", None), (None, "-1", None), ("1", None, None)]
+)
+def test_replicas_are_asked_by_grpc_where_serve_was_told_to_use_it(switch, limit, by_reference, monkeypatch):
+    told = {"RAY_SERVE_PROXY_USE_GRPC": switch, "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": limit}
+    for name, value in told.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     handle = Handle(None)
     RayReplicaConnection(handle, "r0")
     assert handle.given.get("_by_reference") is by_reference
@@ -79,6 +84,23 @@ def test_a_stream_or_call_that_its_replica_ends_is_lost_and_never_taken_for_canc
             asyncio.run(work)
     assert handle.cancelled
     assert handle.to == "r0"
+
+
+def test_a_replica_that_does_not_answer_is_lost_and_one_that_refuses_a_message_is_nobodys_fault(monkeypatch):
+    monkeypatch.setattr(ray_connection, "ANSWER_S", 0.01)
+    too_large = AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "larger than max")
+
+    async def lost(ends):
+        with pytest.raises(ReplicaLost) as told:
+            await RayReplicaConnection(Handle(ends), "r0").submit("s", [], [])
+        return told.value.blameless
+
+    async def silent():
+        return await lost(asyncio.Event().wait())
+
+    assert asyncio.run(silent())
+    assert asyncio.run(lost(too_large))
+    assert not asyncio.run(lost(unavailable()))
 
 
 def test_who_is_cancelled_itself_has_lost_no_replica():

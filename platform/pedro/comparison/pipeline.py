@@ -91,8 +91,7 @@ def compare(
         if changed or any(metadata[key] != before.get(key) for key in metadata.keys() - {"seconds", "provenance"}):
             _write(folder / METADATA, metadata)
 
-    if not before:
-        write_metadata(True)
+    write_metadata(not before)  # so that a killed comparison's report goes by this spec
     tracker = RunTracker(spec, settings, log)
     executor = RunExecutor(spec, prepared.planner, prepared.data, folder, prepared.kept, tracker.track)
     try:

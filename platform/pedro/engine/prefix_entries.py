@@ -44,10 +44,12 @@ class PrefixEntry:
 
 
 class _Tenant:
-    """What a tenant has here: bytes, when it last used any, and the entries that may go, least recently used first."""
+    """What a tenant has here: bytes, those that somebody refers to, when it last used any, and the entries that may go,
+    least recently used first."""
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.held_bytes = 0
         self.seen = 0.0
         self.unused: OrderedDict[EntryKey, PrefixEntry] = OrderedDict()
 
@@ -110,7 +112,9 @@ class PrefixEntries:
         for entry in entries:
             if not entry.refcount:
                 self.held_bytes += entry.nbytes
-                self._tenants[entry.tenant].unused.pop(entry.key, None)
+                tenant = self._tenants[entry.tenant]
+                tenant.held_bytes += entry.nbytes
+                tenant.unused.pop(entry.key, None)
             entry.refcount += 1
             self.changes += 1
 
@@ -121,6 +125,7 @@ class PrefixEntries:
             entry.refcount -= 1
             if not entry.refcount:
                 self.held_bytes -= entry.nbytes
+                self._tenants[entry.tenant].held_bytes -= entry.nbytes
                 if entry.gone:
                     self._give_back(entry)
                 else:
@@ -130,13 +135,13 @@ class PrefixEntries:
             self._tenants.move_to_end(entries[0].tenant)
 
     def readable(self, entries: Sequence[PrefixEntry]) -> int:
-        """How many of these, from the first on, a request may refer to for as long as it runs."""
+        """How many of these, from the first on, a request may refer to for as long as it runs. None while more is held
+        than may be for long, as it is until requests begin."""
         room = READ_IN_PLACE * self.budget_bytes - self.held_bytes
         for count, entry in enumerate(entries):
-            if not entry.refcount:
-                room -= entry.nbytes
-                if room < 0:
-                    return count
+            room -= 0 if entry.refcount else entry.nbytes
+            if room < 0:
+                return count
         return len(entries)
 
     def drop(self, entry: PrefixEntry) -> None:
@@ -155,8 +160,9 @@ class PrefixEntries:
         own = self._tenants.get(asking)
         if not owners:
             return None
-        giving = owners[0]
-        if giving.seen > self._clock() - IDLE_S:
+        idle = self._clock() - IDLE_S
+        giving = next((tenant for tenant in owners if tenant.seen <= idle and not tenant.held_bytes), None)
+        if giving is None:
             giving = max(owners, key=lambda tenant: tenant.nbytes)
             if own is not None and giving.nbytes <= own.nbytes:
                 giving = own

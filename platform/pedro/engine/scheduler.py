@@ -33,6 +33,7 @@ from pedro.errors import OverloadedError, RateLimitError
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the moving average of lengths
 MAX_PREFILLS = 2  # one in progress, and one that is paused
+MOST_LENGTH = 8  # times `prefill_tokens`: what prompts of one prefill have together, with what is cached of them
 
 
 class Scheduler:
@@ -188,12 +189,11 @@ class Scheduler:
     def _admit(self, admit: Callable[[Sequence], bool], preempted: list[Sequence]) -> tuple[PrefillGroup, ...]:
         """Start what slots and prefill budget allow, the tenant with the lowest counter first.
 
-        A sequence that needs more slots than are free keeps its turn and is not overtaken, so that it eventually
-        starts. But a tenant over its share that already runs is overtaken by others until they are `preempt_after`
-        ahead of it.
+        A sequence that needs more slots than are free keeps its turn and is not overtaken. But a tenant over its share
+        that already runs is overtaken by others until they are `preempt_after` ahead of it.
         """
         groups: list[PrefillGroup] = []
-        tokens = 0
+        tokens = length = 0
         passed: list[Tenant] = []
         over = False  # whether these groups' tenants are over their share: the two kinds never share a prefill
         while (tenant := self._turns.least()) is not None:
@@ -203,9 +203,8 @@ class Scheduler:
             if head.awaits in self._parked or not self.foresee(head):
                 self._park(tenant)  # it must not block others before its adapter is loaded
                 continue
-            if head in preempted or (groups and tokens + head.unread > self.limits.prefill_tokens):
-                break
-            if groups and self._shares.over(tenant) != over:
+            full = max(tokens + head.unread, (length + head.length) / MOST_LENGTH) > self.limits.prefill_tokens
+            if head in preempted or (groups and (full or self._shares.over(tenant) != over)):
                 break
             victims = self._victims(tenant, head) if self._may_interrupt(tenant, head) else None
             if not victims and self._must_leave_room(tenant) and (victims is None or head.width > self._room(tenant)):
@@ -221,7 +220,7 @@ class Scheduler:
             preempted += victims
             over = self._shares.over(tenant)
             groups.append(self._start(tenant, head, admit))
-            tokens += head.unread
+            tokens, length = tokens + head.unread, length + head.length
         for tenant in passed:
             self._turns.add(tenant)
         return tuple(groups)
@@ -254,7 +253,9 @@ class Scheduler:
             fresh = sibling.state is SequenceState.WAITING and not sibling.resumes
             if not fresh or self._room(tenant) <= 0 or not self.foresee(sibling):
                 continue
+            sibling.borrowed = head.borrowed
             if self.kv.missing(sibling, self.kv.growing(self.running)) <= 0 and admit(sibling):
+                sibling.borrowed = head.borrowed  # at least, of what `head` will hold
                 self._occupy(tenant, sibling)
                 group.append(sibling)
         if not head.resumes:  # a preempted sequence is charged for its prompt once

@@ -5,8 +5,9 @@ that ignores load) or by the models that a replica reports (multiplexing: delaye
 the ingress chooses, since only it knows the load of each stream, and a stream belongs to one replica; so this router
 follows the given id, and publishes which replicas exist.
 
-Where Serve's proxies talk to gateways by gRPC, gateways do to replicas: results of Ray's actors cost several times as
-much. Large messages pass there, since whoever sets the one lifts Serve's limit, too (`cluster.py`, the manifests).
+Where Serve's proxies talk to gateways by gRPC and its limit of messages is lifted, gateways talk to replicas so, too:
+results of Ray's actors cost several times as much (`cluster.py` and the manifests set both). A host that vanishes is
+noticed late there, hence the limit on answers.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 ROUTER = "pedro.serving.ray_connection:AddressedRouter"
-SWITCH = "RAY_SERVE_PROXY_USE_GRPC"  # Serve's own, of its proxies
+SWITCHES = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "-1"}  # Serve's own
 BY_GRPC: dict[str, Any] = {
     "_by_reference": False,
     "request_serialization": "pickle",  # not by cloudpickle, which is written in Python
     "response_serialization": "pickle",
 }
 LOST = (RayError, RayServeException, grpc.RpcError)
+ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL)  # as a dead replica's calls
+ANSWER_S = 90.0  # a replica that takes longer is gone; loading an adapter may take 60 s
 T = TypeVar("T")
 
 
@@ -66,7 +69,8 @@ class RayReplicaConnection:
     """Conforms to `pedro.serving.protocol.ReplicaConnection`."""
 
     def __init__(self, engine: DeploymentHandle[Any], replica: str) -> None:
-        self._engine = engine.options(**BY_GRPC) if os.environ.get(SWITCH) == "1" else engine
+        by_grpc = SWITCHES.items() <= os.environ.items()
+        self._engine = engine.options(**BY_GRPC) if by_grpc else engine
         self._replica = replica
 
     async def stream(self, stream_id: str) -> AsyncGenerator[OutputBatch, None]:
@@ -99,7 +103,10 @@ class RayReplicaConnection:
 
     async def _answer(self, method: DeploymentHandle[Any], arguments: tuple[Any, ...]) -> Any:
         try:
-            return _checked(await method.remote(*arguments, to=self._replica))
+            async with asyncio.timeout(ANSWER_S):
+                return _checked(await method.remote(*arguments, to=self._replica))
+        except TimeoutError as error:
+            raise ReplicaLost(f"no answer for {ANSWER_S:g} s", blameless=True) from error
         except RayTaskError:
             raise
         except LOST as error:
@@ -110,7 +117,8 @@ class RayReplicaConnection:
 
 
 def _lost(error: BaseException) -> ReplicaLost:
-    return ReplicaLost(str(error).partition("\n")[0])
+    refused = isinstance(error, grpc.aio.AioRpcError) and error.code() not in ENDED  # the message, whoever runs there
+    return ReplicaLost(str(error).partition("\n")[0], blameless=refused)
 
 
 def _check_own() -> None:
