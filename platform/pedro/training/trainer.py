@@ -111,14 +111,13 @@ def fit(
     from pedro.training.lean_trainer import LeanTorchTrainer
     from pedro.training.lost_workers import TellLosses, reason
 
-    resources = spec.resources
+    resources, losses = spec.resources, TellLosses(spec.resources.max_failures)
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     run_config: Any = ray.train.RunConfig  # the types describe V1; V2's fields and return values differ
     loop: Any = work
     for_workers = settings.env_of_workers()
-    losses = TellLosses(resources.max_failures)
     trainer = LeanTorchTrainer(
         loop,
         train_loop_config={
