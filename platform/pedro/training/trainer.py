@@ -98,10 +98,10 @@ def fit(
 ) -> Result:
     """Train on the cluster that this process is connected to; the adapter is then in `scratch`.
 
-    An interrupted run of the same `job_id` resumes from its last checkpoint. `extra` is added to the adapter's
-    manifest; `callbacks` are Ray Train's, and receive the report of every checkpoint: step, steps, and dev_loss if
-    known. With `checkpoint_models`, validated checkpoints become versions during training. Raises the PedroError of the
-    workers, or WorkersLost if they were lost more often than `max_failures`.
+    An interrupted run of the same `job_id` resumes from its last checkpoint. `extra` is added to the manifest;
+    `callbacks` are Ray Train's, and receive each checkpoint's report: step, steps, and dev_loss if known. With
+    `checkpoint_models`, validated checkpoints become versions during training. Raises the workers' PedroError, or
+    WorkersLost if they were lost more often than `max_failures`.
     """
     update_environment(ENVIRONMENT)
     import ray.train
@@ -112,9 +112,8 @@ def fit(
     from pedro.training.lost_workers import TellLosses, reason
 
     resources, losses = spec.resources, TellLosses(spec.resources.max_failures)
-    per_worker = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
+    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    per_worker = {"CPU": resources.cpus_per_worker, **gpus}
     run_config: Any = ray.train.RunConfig  # the types describe V1; V2's fields and return values differ
     loop: Any = work
     for_workers = settings.env_of_workers()
