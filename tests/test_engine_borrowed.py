@@ -289,7 +289,7 @@ def test_readers_leave_half_of_the_cache_to_others_and_copy_what_is_beyond(model
 
 
 def test_requests_behind_one_prompt_are_read_in_one_prefill(model):
-    engine, plain = engine_of(model, prefill_tokens=64), engine_of(model, prefix_bytes=0)
+    engine, plain = engine_of(model, max_batch=8, prefill_tokens=64), engine_of(model, prefix_bytes=0)
     ids = prompt(100, seed=4)
     run(engine, request("first", ids, 1))
     asked = [request(f"{n}", [*ids, n, 5], 6) for n in range(2, 6)]
@@ -298,6 +298,9 @@ def test_requests_behind_one_prompt_are_read_in_one_prefill(model):
     engine._runner.begin = lambda rows: (read.append([row.num_cached for row in rows]), begin(rows))
     assert tokens(run(engine, *asked)) == tokens(run(plain, *asked))
     assert read == [[96] * 4], "what is read of each is short"
+    read.clear()
+    run(engine, *(request(f"more {n}", [*ids, n, 6], 6) for n in range(2, 9)))
+    assert [len(rows) for rows in read] == [5, 2], "512 tokens at most, with what is cached"
 
 
 @pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="blocks are larger where memory pages are")

@@ -82,7 +82,7 @@ def deploy(
     from ray.serve.config import HTTPOptions, ProxyLocation
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    from pedro.serving.app import build_app
+    from pedro.serving.app import NO_ACCESS_LOG, build_app
 
     app = build_app(config.model_dump())
     if record(settings).is_file():  # of a server that no longer answers, but may still occupy its port
@@ -93,7 +93,7 @@ def deploy(
         serve.start(
             proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=75),
-            logging_config={"enable_access_log": False},  # the gateway has its own
+            logging_config=NO_ACCESS_LOG,
         )
         serve.run(app, name=APP_NAME, route_prefix="/", blocking=False)
         _wait_ready(served.url)

@@ -20,13 +20,7 @@ from ray.train.torch import TorchTrainer
 # By name, since they are internal to Ray: names missing in another version are ignored.
 DATASETS = "DatasetsCallback"  # distributes shards of Ray Data's datasets, which we do not use
 CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies but its job continues
-
-
 TellLost = Callable[[Mapping[int, Exception]], None]
-
-
-def _nobody(_lost: Mapping[int, Exception]) -> None:
-    pass
 
 
 class LeanTorchTrainer(TorchTrainer):
@@ -35,7 +29,7 @@ class LeanTorchTrainer(TorchTrainer):
     A job ends with its controller, which frees its workers' resources; a sweep continues with other trials.
     """
 
-    def __init__(self, *arguments: Any, errands: Any = None, tell_lost: TellLost = _nobody, **options: Any) -> None:
+    def __init__(self, *arguments: Any, tell_lost: TellLost, errands: Any = None, **options: Any) -> None:
         """`errands` is a callback for the controller only: those of the `run_config` are also sent to the workers.
         `tell_lost` is told of workers that were lost while their group started, by rank; of others, callbacks are."""
         super().__init__(*arguments, **options)
