@@ -2,15 +2,24 @@
 
 import signal
 import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray.train
+from ray.air.config import CheckpointConfig
 from ray.exceptions import ActorDiedError
+from ray.train._internal.session import _TrainingResult
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from pedro.training.kept_checkpoints import mend_list
 from pedro.training.lean_trainer import _beside_signals, _controller
 from pedro.training.lost_workers import TellLosses
 
@@ -71,3 +80,37 @@ def test_a_worker_that_is_lost_while_its_group_starts_is_replaced_as_often_as_an
     assert first.startswith("worker 0 was lost (The actor died unexpectedly")
     assert "replaced, 1 of at most 1" in first
     assert second.endswith("no more are replaced")
+
+
+@pytest.mark.parametrize("damage", ["nothing of it", "a part of it", "a checkpoint that is gone", "no list"])
+def test_a_list_of_checkpoints_that_a_kill_left_in_part_is_made_anew(tmp_path, damage):
+    storage = StorageContext(str(tmp_path), "ftjob-1")
+    run: Any = SimpleNamespace(checkpoint_config=CheckpointConfig(num_to_keep=2), storage_context=storage)
+    manager: Any = CheckpointManager(run.checkpoint_config, storage)
+    for step in range(3):  # the third is uploaded, and not yet reported
+        folder = tmp_path / "ftjob-1" / f"checkpoint_2026-11-30_12-47-3{step}"
+        folder.mkdir()
+        if step < 2:
+            kept = ray.train.Checkpoint(str(folder), storage.storage_filesystem)
+            manager._checkpoint_results.append(_TrainingResult(kept, {"step": step}))
+            manager._checkpoint_to_report_index[kept] = step
+            manager._latest_checkpoint_result = manager._checkpoint_results[-1]
+    manager._write_state_to_storage()
+    listed = Path(storage.checkpoint_manager_snapshot_path)
+    assert not mend_list(run), "a good list is left alone"
+    if damage == "a checkpoint that is gone":
+        folder.with_name("checkpoint_2026-11-30_12-47-30").rmdir()
+    elif damage == "no list":
+        listed.unlink()
+    else:
+        listed.write_bytes(listed.read_bytes()[: 0 if damage == "nothing of it" else 200])
+    assert mend_list(run) == (damage != "no list"), "a new run has none"
+    anew: Any = CheckpointManager(run.checkpoint_config, storage)
+    if damage == "no list":
+        assert anew.latest_checkpoint_result is None
+        return
+    assert anew.latest_checkpoint_result.checkpoint.path == str(folder)
+    assert len(anew._checkpoint_results) == (2 if damage == "a checkpoint that is gone" else 3), (
+        "so old ones are deleted"
+    )
+    assert not mend_list(run)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TENANT = "bench"
 UNDISTURBED, PAUSED = "undisturbed", "paused and resumed"
 WORKER, DRIVER, CONTROLLER, HEAD = "a worker", "a driver", "the controller", "the Ray head"
-DATABASE, CHECKPOINT = "PostgreSQL", "a checkpoint"
+DATABASE, CHECKPOINT, LIST = "PostgreSQL", "a checkpoint", "the list of checkpoints"
 STEPS, CHECKPOINT_EVERY, AWAY_S, GUARD_S, ANSWERS_S = 60, 5, 5.0, 900.0, 120.0
 FELL_BACK = "resuming from the one before it"  # of a job's log
 
@@ -48,6 +48,7 @@ class JobRounds:
             HEAD: self._kill_head,
             DATABASE: self._kill_database,
             CHECKPOINT: self._damage_checkpoint,
+            LIST: self._damage_list,
             PAUSED: self._pause,
         }
 
@@ -153,7 +154,7 @@ class JobRounds:
         return len(versions), versions[-1].digest if versions else "", sum(used)
 
     def _checkpoints(self, job: JobRecord) -> list[Path]:
-        return sorted(Path(self._settings.storage).glob(f"runs/{job.id}/checkpoint_*"))
+        return sorted(Path(self._settings.storage).glob(f"runs/{job.id}/checkpoint_*/"))  # not the list of them
 
     def _wait_for_checkpoints(self, jobs: Sequence[str], seen: set[Path]) -> set[Path] | None:
         """Those there are once a job that has not ended has two that were not seen before: then the first is whole.
@@ -240,6 +241,14 @@ class JobRounds:
                         file.write_bytes(file.read_bytes()[:-8])
         if workers:
             kill(workers)
+
+    def _damage_list(self, jobs: Sequence[str]) -> None:
+        """Drivers die as if in the middle of writing down which checkpoints there are."""
+        if drivers := self._found("-m pedro.training.job ", jobs):
+            kill(drivers)
+        for job in self.now(jobs):
+            for listed in Path(self._settings.storage).glob(f"runs/{job.id}/checkpoint_manager_snapshot.json"):
+                listed.write_bytes(listed.read_bytes()[:100])
 
     def _pause(self, jobs: Sequence[str]) -> None:
         """All of them, those first that wait; then let them go on."""

@@ -23,6 +23,7 @@ from jobs.benchmarks.job_rounds import (
     DATABASE,
     DRIVER,
     HEAD,
+    LIST,
     PAUSED,
     STEPS,
     TENANT,
@@ -51,7 +52,7 @@ CASES: dict[str, tuple[str, ...]] = {
     PAUSED: (PAUSED,),
 }
 QUICK = (UNDISTURBED, KILLED)
-DRAWN, EACH, ROUNDS, SEED = (WORKER, DRIVER, CONTROLLER, HEAD, DATABASE, CHECKPOINT), 2, 20, 0
+DRAWN, EACH, ROUNDS, SEED = (WORKER, DRIVER, CONTROLLER, HEAD, DATABASE, CHECKPOINT, LIST), 2, 20, 0
 WAITING, WAITING_MB, ROUNDS_S = 200, 1024.0, 5.0
 ENDED = ("succeeded", "once", "as_undisturbed", "tokens")
 

@@ -17,6 +17,8 @@ from typing import Any
 from ray import runtime_context
 from ray.train.torch import TorchTrainer
 
+from pedro.training.kept_checkpoints import mend_list
+
 # By name, since they are internal to Ray: names missing in another version are ignored.
 DATASETS = "DatasetsCallback"  # distributes shards of Ray Data's datasets, which we do not use
 CLEANER = "PlacementGroupCleanerCallback"  # frees the workers' CPUs if the controller dies but its job continues
@@ -43,6 +45,8 @@ class LeanTorchTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         """Runs Ray's controller in the job's driver, which is otherwise idle, instead of in an actor."""
+        if mend_list(options["train_run_context"].run_config):
+            print("the list of the run's checkpoints was damaged; resuming from what is in its folder", flush=True)
         if _in_sweep():  # where this waiting process forwards each report to the trial
             return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
         ray_context: Any = runtime_context
