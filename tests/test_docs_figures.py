@@ -15,6 +15,8 @@ LINES = [  # of the table of speeds: engine and adapters
     *(("peft", "lora"), ("vllm", "none"), ("vllm", "lora"), ("roofline", "none")),
 ]
 
+BITS = [("int8", "Q8_0"), ("int4", "Q4_1")]
+
 # The table of promises: of which file's targets, with how many decimals, each of them or the least and the most.
 SAID = [
     *(("serving", r"pedro / vllm($|,)", None, "each"), ("tenants", r"^(?!32 tenants, zipf)", 2, "each")),
@@ -254,3 +256,18 @@ def test_the_page_of_many_replicas_says_what_was_measured_and_simulated():
 
 def plain(row: list[str]) -> list[str]:
     return [cell.replace("**", "") for cell in row]
+
+
+def test_the_table_beside_llama_cpp_is_what_the_benchmark_measured():
+    measured = {
+        (row["batch"], row["weights"]): row
+        for row in json.loads((RESULTS / "weights.json").read_text())["rows"]
+        if row["model"] == "SmolLM2"
+    }
+    kinds = [(f"{bits}{lora}", f"llama.cpp {its}{lora}") for lora in ("", ", LoRA") for bits, its in BITS]
+    for cells, (ours, its) in zip(table(PAGE, "### Beside llama.cpp"), kinds, strict=True):
+        for batch, cell in zip((1, 8, 32), plain(cells)[1:], strict=True):
+            one, other = measured[batch, ours], measured[batch, its]
+            low, high = other["ours_decode_ratio_interval"]
+            speeds = f"{one['decode_tok_s']:.0f} / {other['decode_tok_s']:.0f}: {other['ours_decode_ratio']:.1f}×"
+            assert cell == f"{speeds} [{low:.1f}, {high:.1f}]; {one['ttft_ms']:,.0f} / {other['ttft_ms']:,.0f} ms"

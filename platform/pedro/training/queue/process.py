@@ -36,6 +36,8 @@ TAKEN_WITHIN_S = 120.0  # 2 on an idle machine
 OTHERS_FIRST_S = 5.0
 """How long the controller of an external cluster has to take a job."""
 RESPAWN_S = 10.0
+AWAY_S, RETRY_S = 600.0, 1.0
+"""How long a controller that nobody would start again waits at its start for a database that is away."""
 END_S = 20.0
 
 
@@ -48,7 +50,8 @@ def run(
     launcher: Launcher | None = None,
 ) -> None:
     """Run as the home's controller until SIGTERM or SIGINT, or until no job is open; drivers are Ray jobs by default.
-    Raises ConflictError if the home has a controller."""
+    Raises ConflictError if the home has a controller, UnavailableError if the database is away (`until_idle`: still
+    after AWAY_S)."""
     from pedro.training.queue.controller import Controller
     from pedro.training.queue.launcher import RayJobs
 
@@ -59,8 +62,11 @@ def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with _only_one(settings):
-        store = Store(settings.database_url)
-        _release_of_the_dead(store)
+        store = _open_store(settings, log, stop, AWAY_S if until_idle else 0.0)
+        if store is None:
+            return
+        with contextlib.suppress(UnavailableError):  # they expire
+            _release_of_the_dead(store)
         controller = Controller(
             store,
             launcher or RayJobs(settings, log),
@@ -132,6 +138,24 @@ def end_controller(settings: Settings) -> bool:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
     return True
+
+
+def _open_store(
+    settings: Settings, log: Callable[[str], None], stop: threading.Event, patience_s: float
+) -> Store | None:
+    """The store, once the database answers; None if the process is to stop before."""
+    until, told = time.monotonic() + patience_s, ""
+    while not stop.is_set():
+        try:
+            return Store(settings.database_url)
+        except UnavailableError as error:
+            if time.monotonic() >= until:
+                raise
+            if error.message != told:
+                log(f"waiting: {error.message}")
+            told = error.message
+        stop.wait(RETRY_S)
+    return None
 
 
 def _release_of_the_dead(store: Store) -> None:
@@ -219,8 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def log(line: str) -> None:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
-    with contextlib.suppress(ConflictError):  # another process was faster
+    try:
         run(Settings.from_env(), log, until_idle=options.until_idle)
+    except ConflictError:  # another process was faster
+        return 0
+    except UnavailableError as error:
+        log(error.message)
+        return 1
     return 0
 
 
