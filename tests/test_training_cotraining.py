@@ -48,10 +48,18 @@ def shared(folder, number, method="pedro", **training):
     return spec.model_copy(update={"tenant": f"tenant{number}"})
 
 
-def together(specs, folder, begin=lambda _context, _participant: None, reporter=None):
-    """Train the specs at one coordinator; the participants, and each one's (outcome, parameters), by its number."""
+def together(specs, folder, begin=lambda _context, _participant: None, reporter=None, passes=None):
+    """Train the specs at one coordinator; the participants, and each one's (outcome, parameters), by its number. The
+    shapes of the batches that they learn from go to `passes`."""
     torch.set_num_threads(1)
     backbone, ends = SharedBackbone(specs[0]), {}
+    embedding = backbone.stacked_model._model.get_input_embeddings()
+
+    def note(_module, inputs, _output):
+        if passes is not None and torch.is_grad_enabled():
+            passes.append(inputs[0].shape)
+
+    embedding.register_forward_hook(note)
 
     def work(number, spec):
         def at(participant):
@@ -93,10 +101,27 @@ def assert_close(mine, lone, close=CLOSE):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_adapter_is_that_of_its_lone_run(tmp_path, method):
-    even = [shared(tmp_path, number, method) for number in range(3)]
-    _, ends = together(even, tmp_path)
+    even, passes = [shared(tmp_path, number, method) for number in range(3)], []
+    _, ends = together(even, tmp_path, passes=passes)
+    assert {rows for rows, _ in passes} == {1}, "a narrow backbone, too, gets no padding from a group"
     for number, spec in enumerate(even):
         assert_close(ends[number], alone(spec, tmp_path))
+
+
+@pytest.mark.parametrize("method", ["pedro", "lora", "ia3"])
+def test_each_adapter_is_that_of_a_group_whose_rows_are_padded(tmp_path, method):
+    changes, passes, padded = {"max_steps": 2, "eval_every": 2}, [], []
+    specs = [shared(tmp_path, number, method, batch_size=3 + number, **changes) for number in range(3)]
+    _, ends = together(specs, tmp_path, passes=passes)
+    specs = [shared(tmp_path, number, method, batch_size=3 + number, packing=False, **changes) for number in range(3)]
+    _, slow = together(specs, tmp_path / "padded", passes=padded)
+    assert all(rows == 1 for rows, _ in passes)
+    assert all(rows == 3 + 4 + 5 for rows, _ in padded)
+    for number, end in slow.items():
+        assert_close(ends[number], end)
+    tokens = sum(end[0].all_tokens for end in ends.values())
+    passed = sum(length for _, length in passes)
+    assert passed == tokens if method == "pedro" else passed < tokens, "what a job's rows begin with passes once"
 
 
 def test_each_adapter_is_that_of_its_lone_run_over_a_backbone_in_4_bit(tmp_path):

@@ -69,6 +69,7 @@ def test_a_group_is_of_one_tenant_unless_the_operator_allows_others(store, clock
         {"training": {"precision": "bf16"}},
         {"training": {"precision": "fp32", "backbone_dtype": "nf4"}},
         {"training": {"precision": "fp32", "max_length": 1024}},
+        {"training": {"precision": "fp32", "packing": False}},
         {"resources": {"workers": 1, "cpus_per_worker": 1, "share": True, "max_failures": 0}},
     ],
 )

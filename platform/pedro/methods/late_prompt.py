@@ -26,6 +26,7 @@ from pedro.methods.options import expect_count
 from pedro.methods.peft_registration import register
 
 if TYPE_CHECKING:
+    from pedro.methods.packing import Packing
     from pedro.methods.prompt import PromptPass
     from pedro.model_protocols import ModelConfig
 
@@ -82,6 +83,7 @@ class LatePromptLayer(BlockLayer):
         blocks = [parts.block for parts in architecture.layers[index:]]
         self._numbers = {id(block): index + i for i, block in enumerate(blocks)}
         self._added = 0  # soft tokens in this pass
+        self._packing: Packing | None = None  # of the rows with them, where it is packed
         self._handles = [block.register_forward_pre_hook(self._before_block, with_kwargs=True) for block in blocks]
         self._handles.append(blocks[-1].register_forward_hook(self._after_last))
 
@@ -121,37 +123,56 @@ class LatePromptLayer(BlockLayer):
             given["attention_mask"] = extend_mask(given.get("attention_mask"), behind, rows=False)
             return (hidden,), given
         if first:
-            (name,) = self.live()[:1]
+            (name,), packing = self.live()[:1], self.prompts.packing
+            hidden = self._rows(hidden)
             soft = self(hidden, prompt.to(hidden.device), name)
             self._added = soft.shape[1]
-            hidden = torch.cat([soft.to(hidden.dtype), hidden], dim=1)
+            self._packing = None if packing is None else packing.lengthened(self._added)
+            hidden = self._packed(torch.cat([soft.to(hidden.dtype), hidden], dim=1))
         given["attention_mask"] = extend_mask(given.get("attention_mask"), self._added, rows=True)
         self._extend_positions(given, hidden)
+        if self._packing is not None:
+            given["packing"] = self._packing
         return (hidden,), given
+
+    def _packed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, P + T, …] as the pass is laid out behind the soft tokens."""
+        return tokens if self._packing is None else self._packing.pack(tokens)
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T, …] of what came as the pass is laid out before them."""
+        return tokens if self.prompts.packing is None else self.prompts.packing.pad(tokens)
 
     def _extend_positions(self, given: dict[str, Any], hidden: torch.Tensor) -> None:
         """Positions before the row's first token for the soft tokens, and their rotations where there are any."""
         positions = given.get("position_ids")
         if positions is None:
             return
-        prompt = self.prompts.prompt
+        prompt, positions = self.prompts.prompt, self._rows(positions)
         assert prompt is not None, "called while the prompt is read"
         first = prompt.to(positions.device).int().argmax(dim=1)  # [B], the first attended token
         start = positions.expand(len(first), -1).gather(1, first[:, None])  # [B, 1]
         before = start - self._added + torch.arange(self._added, device=positions.device)
-        given["position_ids"] = torch.cat([before, positions.expand(len(first), -1)], dim=1)
+        given["position_ids"] = self._packed(torch.cat([before, positions.expand(len(first), -1)], dim=1))
         rotary, turned = self._rotary[0], given.get("position_embeddings")
         if turned is not None and rotary is not None:
             soft = rotary(hidden, position_ids=before)
             given["position_embeddings"] = tuple(
-                torch.cat([s, t.expand(len(s), -1, -1)], dim=1) for s, t in zip(soft, turned, strict=True)
+                self._packed(torch.cat([s, self._rows(t).expand(len(s), -1, -1)], dim=1))
+                for s, t in zip(soft, turned, strict=True)
             )
 
     def _after_last(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        added, self._added = self._added, 0
+        added, wide, packing = self._added, self._packing, self.prompts.packing
+        self._added, self._packing = 0, None
         if not added:
             return None
-        return (output[0][:, added:], *output[1:]) if isinstance(output, tuple) else output[:, added:]
+        hidden = output[0] if isinstance(output, tuple) else output
+        if wide is None or packing is None:
+            hidden = hidden[:, added:]
+        else:
+            hidden = packing.pack(wide.pad(hidden)[:, added:])
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def extend_mask(mask: torch.Tensor | None, count: int, rows: bool) -> torch.Tensor | None:
@@ -184,6 +205,7 @@ class LatePromptModel(ConditionedTuner):
     tuner_layer_cls = LatePromptLayer
     child = CHILD
     title = "late prompt tuning"
+    packs = True
     no_merge = "soft tokens depend on the prompt, so no weights can hold them"
 
     def check(self, config: LatePromptConfig, architecture: Architecture) -> None:

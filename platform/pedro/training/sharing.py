@@ -45,8 +45,9 @@ def why_alone(spec: FineTuneSpec) -> str:
 def group_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
     """Jobs with the same key may train together. For a resolved spec from the store; None if it does not share.
 
-    The key has backbone, method with options, precision (of the projections, too), resources, and the approximate
-    maximum length of rows, to which others are padded; `tenant` is part of it if only jobs of one tenant may share.
+    The key has backbone, method with options, precision (of the projections, too), resources, the approximate maximum
+    length of rows, to which others are padded, and whether they must be; `tenant` is part of it if only jobs of one
+    tenant may share.
     """
     resources = spec.get("resources") or {}
     if not resources.get("share"):
@@ -54,7 +55,8 @@ def group_key(spec: Mapping[str, Any], tenant: str | None = None) -> str | None:
     training = spec.get("training") or {}
     precision, longest = training.get("precision", "fp32"), int(training.get("max_length") or 0)
     precision = [precision, kind] if (kind := training.get("backbone_dtype")) else precision
-    parts = [spec.get("backbone"), spec.get("method"), precision, longest.bit_length(), resources, tenant]
+    padded = not training.get("packing", True)
+    parts = [spec.get("backbone"), spec.get("method"), precision, longest.bit_length(), padded, resources, tenant]
     return json.dumps(parts, sort_keys=True)
 
 

@@ -91,7 +91,8 @@ class PedroLayer(BlockLayer):
         )
 
     def forward(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> Vectors:
-        """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], prompt [B, T] bool."""
+        """The vectors {target: [B, width]} of the rows' prompts: hidden [B, T, D], or packed [1, N, D], prompt [B, T]
+        bool."""
         config, pooled = self.configs[adapter_name], self.pooled(hidden, prompt, adapter_name)
         made = self.made(pooled, adapter_name).split(self._entries(config), dim=-1)
         if config.group_size != 1:
@@ -103,10 +104,11 @@ class PedroLayer(BlockLayer):
         return generate_vectors(pooled, self.generator(adapter_name))
 
     def pooled(self, hidden: torch.Tensor, prompt: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """The rows' prompts [B, D] as one adapter's generator reads them: hidden [B, T, D], prompt [B, T] bool."""
+        """The rows' prompts [B, D] as one adapter's generator reads them; arguments as of `forward`."""
         config = self.configs[adapter_name]
         norm = self.layer_sites.norm if config.pool_source == "normed" else None
-        return pool(hidden, prompt, config.pool, norm, config.window)
+        packing = None if hidden.shape[:2] == prompt.shape else self.prompts.packing
+        return pool(hidden, prompt, config.pool, norm, config.window, packing)
 
     def _entries(self, config: PedroConfig) -> list[int]:
         return config.entries([self.layer_sites.sites[target].width for target in config.targets])
@@ -145,7 +147,7 @@ class PedroLayer(BlockLayer):
             scalings = [Scaling(kept, None)]
         else:
             hidden, packing = args[0] if args else kwargs["hidden_states"], self.prompts.packing
-            hidden = hidden if packing is None else packing.pad(hidden)
+            hidden = packing.pad(hidden) if names and packing is not None else hidden
             prompt = prompt.to(hidden.device)
             made = self._mixed(hidden, prompt, names) if names else self._together(hidden, prompt)
             scalings = [Scaling(vectors, _scaled(prompt, tail, packing), packing) for tail, vectors in made.items()]
@@ -239,9 +241,15 @@ def _product(made: Iterable[Vectors]) -> Vectors:
 
 
 def pool(
-    hidden: torch.Tensor, prompt: torch.Tensor, how: str, norm: nn.Module | None, window: int | None = None
+    hidden: torch.Tensor,
+    prompt: torch.Tensor,
+    how: str,
+    norm: nn.Module | None,
+    window: int | None = None,
+    packing: Packing | None = None,
 ) -> torch.Tensor:
-    """The prompt as one vector a row: hidden [B, T, D], prompt [B, T] bool -> [B, D], float32 for mean and max.
+    """The prompt as one vector a row: hidden [B, T, D], or packed [1, N, D], prompt [B, T] bool -> [B, D], float32 for
+    mean and max.
 
     `norm` is applied token by token before pooling; for `last`, to that token only. With `window`, only that many of
     the prompt's last tokens are pooled.
@@ -250,10 +258,14 @@ def pool(
         prompt = prompt & tail_of(prompt, window)
     if how == "last":
         position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
-        hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]  # [B, 1, D]
+        if packing is not None:
+            hidden = hidden[0].index_select(0, packing.at(position))[:, None]  # [B, 1, D]
+        else:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]
         return (hidden if norm is None else norm(hidden))[:, 0]
     outside = ~prompt[..., None]  # [B, T, 1]
-    hidden = (hidden if norm is None else norm(hidden)).float()
+    hidden = hidden if norm is None else norm(hidden)
+    hidden = (hidden if packing is None else packing.pad(hidden)).float()
     if how == "mean":
         return hidden.masked_fill(outside, 0.0).sum(dim=1) / (~outside).sum(dim=1)
     return hidden.masked_fill(outside, float("-inf")).amax(dim=1)

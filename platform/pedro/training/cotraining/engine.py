@@ -56,7 +56,7 @@ class SharedBackbone:
         self._bare: nn.Module = load_frozen(backbone, spec.training, device_of(spec))
         check_repeatable(self._bare)
         adapted = get_method(spec.method.name).apply(tied_copy(self._bare), spec.method.options)
-        self.stacked_model = StackedModel(adapted, load_tokenizer(backbone).pad_token_id)
+        self.stacked_model = StackedModel(adapted, load_tokenizer(backbone).pad_token_id, spec.training.packing)
 
     def context(
         self,
@@ -81,6 +81,7 @@ class SharedBackbone:
                 participant=participant,
                 accumulation=training.gradient_accumulation,
                 clip=training.clip,
+                packing=False,  # the stacked model packs the rows of all jobs
             )
 
         return make

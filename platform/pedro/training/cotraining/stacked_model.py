@@ -1,8 +1,9 @@
 """One model over the frozen backbone that applies to each row the adapter of the row's job. torch only.
 
 It uses the method's own tuner, so that options act as in a single job; but where the tuner would read one adapter's
-parameters, it gets those of all jobs in the pass, stacked. Legend: S jobs in the pass, b rows of each, B all rows, T
-tokens, D width of an input, W of an output, R bottleneck or rank.
+parameters, it gets those of all jobs in the pass, stacked. A pass is packed where a lone job's could be, whatever the
+backbone's width: the more rows, the more of a padded batch is padding. Legend: S jobs in the pass, b rows of each, B
+all rows, T tokens, N tokens of a packed pass, D width of an input, W of an output, R bottleneck or rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from pedro.adapter_kinds.generator import FIXED_ACTIVATIONS
 from pedro.errors import ConfigError
 from pedro.methods.constants.layer import ConstantLayer
 from pedro.methods.output_head import logits_at
+from pedro.methods.packing import packer_of
 from pedro.methods.pedro.layer import PedroLayer
+from pedro.training.cotraining import each_job
+from pedro.training.engines import packed_logits
 
 if TYPE_CHECKING:
     from pedro.training.cotraining.coordinator import Reading
@@ -55,32 +59,43 @@ def check_repeatable(model: nn.Module) -> None:
 
 @dataclass
 class RowsOfJobs:
-    """The owners of the current pass's rows."""
+    """The owners of the current pass's rows and tokens."""
 
     owners: list[int] = field(default_factory=list)
     """The jobs' numbers, in the order of their rows."""
     counts: list[int] = field(default_factory=list)
     """Rows of each."""
-
-    @property
-    def even(self) -> bool:
-        return len(set(self.counts)) == 1
+    tokens: list[int] = field(default_factory=list)
+    """Tokens of each, padding among them unless the pass is packed."""
+    packed: bool = False
 
     def by_owner(self, x: torch.Tensor) -> torch.Tensor:
         """[B, …] as [S, b, …]; jobs with fewer rows are padded with zeros."""
-        if self.even:
+        if _alike(self.counts):
             return x.reshape(len(self.counts), self.counts[0], *x.shape[1:])
         return nn.utils.rnn.pad_sequence(list(x.split(self.counts)), batch_first=True)
 
     def in_order(self, x: torch.Tensor) -> torch.Tensor:
         """`by_owner` undone."""
-        if self.even:
+        if _alike(self.counts):
             return x.flatten(0, 1)
         return torch.cat([part[:count] for part, count in zip(x, self.counts, strict=True)])
 
     def each(self, vectors: torch.Tensor) -> torch.Tensor:
-        """One of the vectors [S, W] for each row: [B, W]."""
-        return self.in_order(vectors[:, None].expand(-1, max(self.counts), -1))
+        """One of the vectors [S, W] for each row [B, 1, W], or, in a packed pass, for each token [1, N, W]."""
+        if self.packed:
+            return each_job.spread(self.tokens, vectors)[None]
+        return self.in_order(vectors[:, None].expand(-1, max(self.counts), -1))[:, None]
+
+    def scaled(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """x [B, T, W], or [1, N, W], times each row's or token's of the vectors [S, W]."""
+        if self.packed:
+            return each_job.scale(x[0], self.tokens, vectors)[None]
+        return x * self.each(vectors)
+
+
+def _alike(counts: Sequence[int]) -> bool:
+    return len(set(counts)) == 1
 
 
 class Own:
@@ -116,16 +131,17 @@ class StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, R], or R -> W."""
         rows = self._own.rows
-        if not rows.even:
-            factors = (self._of(self._own.modules[owner]) for owner in rows.owners)
-            parts = zip(x.split(rows.counts), factors, strict=True)
-            return torch.cat([functional.linear(part, factor) for part, factor in parts])
-        together = x.reshape(len(rows.counts), -1, x.shape[-1])  # [S, b·T, D]
-        return torch.bmm(together, self._own.stacked(self._of).mT).view(*x.shape[:-1], -1)
+        if _alike(rows.tokens):
+            together = x.reshape(len(rows.tokens), -1, x.shape[-1])  # [S, b·T, D]
+            made = torch.bmm(together, self._own.stacked(self._of).mT)
+        else:
+            factors = [self._of(self._own.modules[owner]) for owner in rows.owners]
+            made = each_job.linear(x.flatten(0, 1), rows.tokens, factors)
+        return made.view(*x.shape[:-1], -1)
 
 
 class StackedScale:
-    """(IA)³'s vector, in the form of the parameter that PEFT reads."""
+    """(IA)³'s vector, in the form of the parameter that PEFT reads: 1 · vector, by which it multiplies."""
 
     def __init__(self, own: Own) -> None:
         self._own = own
@@ -135,9 +151,13 @@ class StackedScale:
         dtype: torch.dtype = self._own.first().ia3_l[NAME].dtype
         return dtype
 
-    def flatten(self) -> torch.Tensor:
-        """[B, 1, W], one per row."""
-        return self._own.rows.each(self._own.stacked(lambda layer: layer.ia3_l[NAME].flatten()))[:, None]
+    def flatten(self) -> StackedScale:
+        return self
+
+    def __rmul__(self, other: torch.Tensor | int) -> torch.Tensor | StackedScale:
+        if not isinstance(other, torch.Tensor):
+            return self
+        return self._own.rows.scaled(other, self._own.stacked(lambda layer: layer.ia3_l[NAME].flatten()))
 
 
 def _weave(module: nn.Module, own: Own) -> bool:
@@ -173,10 +193,10 @@ def _vectors_made(own: Own, pooled: torch.Tensor, _name: str) -> torch.Tensor:
 
 
 def _constants(own: Own, _name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """`ConstantLayer.vectors`: [B, 1, W] instead of each [W]."""
+    """`ConstantLayer.vectors`: [B, 1, W] instead of each [W], or [1, N, W]."""
     made = [own.modules[owner].vectors(NAME) for owner in own.rows.owners]
     scales, shifts = (
-        {target: own.rows.each(torch.stack([one[kind][target] for one in made]))[:, None] for target in made[0][kind]}
+        {target: own.rows.each(torch.stack([one[kind][target] for one in made])) for target in made[0][kind]}
         for kind in (0, 1)
     )
     return scales, shifts
@@ -185,9 +205,11 @@ def _constants(own: Own, _name: str) -> tuple[dict[str, torch.Tensor], dict[str,
 class StackedModel:
     """The passes of a coordinator."""
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
-        """`model` is the backbone with a fresh adapter of the jobs' common method."""
+    def __init__(self, model: nn.Module, pad_id: int, packing: bool = True) -> None:
+        """`model` is the backbone with a fresh adapter of the jobs' common method; without `packing`, passes are
+        padded."""
         self._model, self._pad_id, self._rows = model.eval(), pad_id, RowsOfJobs()
+        self._pack = packer_of(model, narrowest=0) if packing else None
         self._own: dict[str, Own] = {}
         for path, module in list(model.named_modules()):
             own = Own(self._rows)
@@ -209,8 +231,7 @@ class StackedModel:
 
     def read(self, parts: Sequence[tuple[int, Reading]]) -> list[torch.Tensor]:
         """The logits [N, V] of each part's positions, all in one pass."""
-        self._rows.owners = [number for number, _ in parts]
-        self._rows.counts = [len(reading.positions) for _, reading in parts]
+        counts = [len(reading.positions) for _, reading in parts]
         width = max(reading.positions.shape[1] for _, reading in parts)
         positions = torch.cat([_wider(reading.positions, width, False) for _, reading in parts])
         fill = {"input_ids": self._pad_id, "attention_mask": 0}
@@ -220,8 +241,15 @@ class StackedModel:
             )
             for name in parts[0][1].batch
         }
-        with logits_at(self._model, positions):
-            logits: torch.Tensor = self._model(**batch, use_cache=False).logits[0]
+        rows, packing = self._rows, self._pack(batch, counts) if self._pack else None
+        rows.owners, rows.counts, rows.packed = [number for number, _ in parts], counts, packing is not None
+        if packing is not None:
+            rows.tokens = [job.tokens.stop - job.tokens.start for job in packing.jobs]
+            logits = packed_logits(self._model, packing, positions, batch)
+        else:
+            rows.tokens = [count * width for count in counts]
+            with logits_at(self._model, positions):
+                logits = self._model(**batch, use_cache=False).logits[0]
         return list(logits.split([int(reading.positions.sum()) for _, reading in parts]))
 
 
