@@ -2,6 +2,7 @@
 
 import errno
 import math
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ from pedro.methods.output_head import supervised
 from pedro.training import checkpoints, worker
 from pedro.training.batches import RowStream, fetch, slices, supervised_tokens, tensors, token_loss
 from pedro.training.bilevel import OMEGA, THETA
-from pedro.training.loop import SECONDS_LEFT, Data, batch_step, mean_losses, train
+from pedro.training.loop import SECONDS_LEFT, Data, batch_step, mean_losses, seed_numbers, train
 from pedro.training.paired_test import compare_rows
 from pedro.training.worker_group import WorkerGroup
 
@@ -274,6 +275,14 @@ def test_rows_of_a_data_set_are_read_all_at_once(tmp_path):
     assert fetch(rows, places) == [rows[place] for place in places] == fetch(list(rows), places)
     together = SimpleNamespace(__getitems__=lambda places: [{"at": place} for place in places])
     assert fetch(together, range(2)) == [{"at": 0}, {"at": 1}], "one read"
+
+
+def test_a_cpu_is_seeded_as_by_torch_but_without_a_look_at_the_stack(monkeypatch):
+    torch.manual_seed(2**40)
+    wanted = torch.rand(3)
+    monkeypatch.setattr(traceback, "format_stack", lambda: pytest.fail("the stack was kept for an accelerator"))
+    seed_numbers(torch.device("cpu"), 2**40)
+    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_slices_deal_every_row_to_exactly_one_worker():

@@ -202,7 +202,7 @@ def batch_step(
     The loss is the sum over answer tokens (or pairs) divided by their number in the whole batch, which every worker
     counts itself: workers and slices add up to a single worker's gradient, however unequal their answers are.
     """
-    torch.manual_seed((plan.seed * 2_147_483_647 + salt) * 65_537 + engine.rank)  # for dropout, if the method has any
+    seed_numbers(engine.device, (plan.seed * 2_147_483_647 + salt) * 65_537 + engine.rank)
     objective = plan.objective
     weight = objective.weight(rows)
     total = torch.zeros(1 + len(objective.measures), device=engine.device)
@@ -215,6 +215,15 @@ def batch_step(
         engine.backward(loss)
         engine.step()
     return total, supervised_tokens(objective.sequences(rows))
+
+
+def seed_numbers(device: torch.device, seed: int) -> None:
+    """Seed a device's random numbers, for dropout, if the method has any. On a CPU not by `torch.manual_seed`, which
+    keeps the stack, as text, for each kind of accelerator that might be used later."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @torch.no_grad()
