@@ -9,6 +9,7 @@ import json
 import shutil
 import uuid
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,9 @@ def _known(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(package: str) -> str | None:
+    # kept, since each look parses all that a package says of itself
     try:
         return version(package)
     except PackageNotFoundError:
