@@ -222,6 +222,18 @@ def test_a_long_prompt_is_put_aside_for_a_short_one_but_not_for_one_like_itself(
     assert scheduler.schedule(lambda _: True).prefill.since == 100, "then a's goes on where it was"
 
 
+@pytest.mark.parametrize(("length", "first"), [(230, 4), (220, 1)])
+def test_several_prompts_are_put_aside_for_one_if_they_wait_for_less_in_total_than_it_would(length, first):
+    scheduler = Simulation().scheduler
+    scheduler.lone_tokens = 100
+    for tenant, tokens in (("a", 250), ("b", 250), ("c", 250), ("d", 250), ("late", length)):
+        if tenant == "late":
+            assert len(scheduler.schedule(lambda _: True).prefill.groups) == 4
+        asked = Request("r", [1] * tokens, tenant=tenant)
+        scheduler.add([Sequence(asked, 0, 5, Letters(), frozenset())])
+    assert len(scheduler.schedule(lambda _: True).prefill.groups) == first, "of 1,000 tokens 100 are read"
+
+
 def test_a_full_waiting_room_sheds_the_newest_of_the_longest_queue():
     scheduler = Scheduler(SchedulerLimits(slots=2, max_waiting=8, max_waiting_per_tenant=6))
 

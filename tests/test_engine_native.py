@@ -136,6 +136,31 @@ def test_a_prompt_of_2048_tokens_read_in_chunks_equals_one_read_in_a_piece(tmp_p
             assert left.logprob == right.logprob, "a row's numbers do not depend on how it was cut"
 
 
+def test_the_last_layer_is_computed_where_it_is_asked_for_and_nothing_else_changes():
+    model = random_backbone("llama", max_position_embeddings=1024)
+    prompts = [prompt(n, n) for n in (600, 33, 90)]  # the first is longer than a part of a prefill
+    read = {}
+    for which in (None, 1):
+        runner = Runner(copy.deepcopy(model), slots=3, length=700, kernel="native")
+        asked = [0 if i == which else None for i in range(3)]
+        runner.begin([PrefillRow(i, prompts[i], len(prompts[i]), prompt_logprobs=asked[i]) for i in range(3)])
+        state = runner._prefills[-1].state
+        runner.advance()
+        logits, logprobs = runner.end()
+        read[which] = [state.asked.tolist(), state.buffers["x"][610].clone(), logits.values.clone()]
+        step = runner.decode([DecodeRow(i, 7, len(ids)) for i, ids in enumerate(prompts)])
+        read[which].append(step.values.clone())
+    assert [asked for asked, *_ in read.values()] == [[599, 632, 722], [599, *range(600, 633), 722]]
+    assert not torch.equal(read[None][1], read[1][1]), "of a token inside a prompt nobody asks for the output"
+    assert torch.equal(read[None][2], read[1][2])
+    assert torch.equal(read[None][3], read[1][3]), "its keys and values are there"
+    for made, ids in zip(read[None][2], prompts, strict=True):
+        torch.testing.assert_close(made, reference_logits(model, ids, 1)[-1], atol=1e-4, rtol=1e-4)
+    expected = reference_logits(model, prompts[1], 1).log_softmax(-1)[:-1]
+    expected = expected.gather(1, torch.tensor(prompts[1][1:])[:, None])[:, 0]
+    assert [one.logprob for one in logprobs[1][1:]] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_a_row_that_is_not_finite_is_told_apart_from_its_neighbours():
     model = random_backbone("llama")
     with torch.no_grad():

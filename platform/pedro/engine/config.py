@@ -18,7 +18,7 @@ class EngineConfig:
 
     max_batch: int = 16  # sequences that run concurrently, if their keys and values fit
     max_length: int | None = None
-    prefill_tokens: int = 2048  # prompt tokens in one prefill, and at most in one step while others wait
+    prefill_tokens: int = 2048  # prompt tokens of one step while others wait; of one prefill, twice that if none runs
     prefill_stall: float = 1.25  # decode steps' worth of time a step may spend on prefill while others wait
     adapter_bytes: int = 256 << 20
     kv_memory: KVMemory = None  # for running sequences: bytes, or a share of free memory up to 1.0; None: default

@@ -15,13 +15,15 @@ import math
 import mmap
 import sys
 from abc import ABC, abstractmethod
-from contextlib import suppress
 
 import torch
+
+from pedro.engine import huge_pages
 
 PAGE = 256  # positions per page
 LEAST_BLOCK = 16  # positions per block, at least
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # reserves addresses, not memory
+HUGE_BYTES = 256 << 20  # of a cache in huge pages, at most
 MARGIN = 64  # elements past the end: the CPU kernel reads whole SIMD vectors and ignores the excess
 
 
@@ -163,10 +165,12 @@ class KVCache(SlotCache):
 
     def limit(self, blocks: int) -> None:
         self.blocks = self._free = min(blocks, self.blocks)
-        if self.blocks < len(self.room) * self.blocks_per_slot and hasattr(mmap, "MADV_NOHUGEPAGE"):
-            for pages in self._maps:  # a huge page would span many slots
-                with suppress(OSError):  # EINVAL if the system has no huge pages
-                    pages.madvise(mmap.MADV_NOHUGEPAGE)
+        whole = self.blocks == len(self.room) * self.blocks_per_slot
+        for pages in self._maps:
+            if not whole:  # a huge page would span many slots
+                huge_pages.refuse(pages)
+            elif self.nbytes <= HUGE_BYTES:  # attention reads them faster; but they fill memory that is only reserved
+                huge_pages.advise(pages)
 
     def append(
         self, layer: int, slots: torch.Tensor, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor

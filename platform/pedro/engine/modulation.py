@@ -41,7 +41,10 @@ class PreemptedState:
 
 @dataclass(frozen=True)
 class ConditionedRow:
-    """A row of a prefill: its tokens, how many of them condition its vectors, and its adapter (None: bare)."""
+    """A row of a prefill: its tokens, how many of them condition its vectors, and its adapter (None: bare).
+
+    `every_state`: whether the last layer's output is needed for all its tokens, not only for the last one.
+    """
 
     segment: Segment
     conditioning_length: int
@@ -49,6 +52,7 @@ class ConditionedRow:
     preempted_state: PreemptedState | None = None
     begin: int = 0  # the position of its first token; earlier ones are in the slot
     start: int = 0  # the position from which the adapter acts; tokens before it see the bare backbone
+    every_state: bool = False
 
     @property
     def modulated(self) -> bool:

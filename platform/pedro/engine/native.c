@@ -104,6 +104,8 @@ typedef struct {
   long prompts;                                   /* of a prefill; starts: [prompts + 1], in rows */
   const int *starts, *conditioned;                /* conditioned: tokens of the prompt that its vectors may see */
   const Generator *const *generators;             /* [prompts]: one a layer, or null */
+  long asked;                                     /* how many rows' outputs of a layer are asked for; -1: all */
+  const int *asked_rows;                          /* these, ascending; the outputs of all others may be anything */
   float *logits;                                  /* [rows, vocab] */
   int *best;                                      /* [rows]: the likeliest token, -1 where logits are not finite */
   float *best_value;                              /* [threads, rows], scratch; best_at likewise */
@@ -279,16 +281,40 @@ static inline int rows_of(const Batch *B, long b, long block) { /* of block b; t
   return left < 0 ? 0 : left < block ? left : block;
 }
 
+static inline f4 some_of(const float *x, float scale, const float *norm, long i) {
+  const f4 v = *(const f4u *)(x + i) * scale;
+  return norm ? v * *(const f4u *)(norm + i) : v;
+}
+
+static void turn(const float *const *x, const float *scale, const float *norm, int m, long k, float *out, long ldo) {
+  /* m rows of k side by side, each times its scale (and norm): out [k, m of ldo]. Four by four; where m is no multiple
+     the last four rows are some that were there before */
+  const long fours = m < 4 ? 0 : k / 4 * 4;
+  for (long i = 0; i < fours; i += 4)
+    for (int from = 0; from < m; from += 4) {
+      const int r = from < m - 4 ? from : m - 4;
+      float *to = out + i * ldo + r;
+      const f4 a = some_of(x[r], scale[r], norm, i), b = some_of(x[r + 1], scale[r + 1], norm, i);
+      const f4 c = some_of(x[r + 2], scale[r + 2], norm, i), d = some_of(x[r + 3], scale[r + 3], norm, i);
+      const f4 ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
+      const f4 AB = {a[2], b[2], a[3], b[3]}, CD = {c[2], d[2], c[3], d[3]};
+      store4(to, (f4){ab[0], ab[1], cd[0], cd[1]});
+      store4(to + ldo, (f4){ab[2], ab[3], cd[2], cd[3]});
+      store4(to + 2 * ldo, (f4){AB[0], AB[1], CD[0], CD[1]});
+      store4(to + 3 * ldo, (f4){AB[2], AB[3], CD[2], CD[3]});
+    }
+  for (long i = fours; i < k; i++)
+    for (int r = 0; r < m; r++) {
+      const float v = x[r][i] * scale[r];
+      out[i * ldo + r] = norm ? v * norm[i] : v;
+    }
+}
+
 static void pack(const Product *p, long row, int m, float eps, float *packed) { /* rows side by side: [k, m] */
   const float *x[MR];
   float scale[MR];
   for (int r = 0; r < m; r++) x[r] = p->x + (row + r) * p->ldx, scale[r] = p->norm ? rms(x[r], p->k, eps) : 1;
-  if (!p->norm)
-    for (long i = 0; i < p->k; i++, packed += m)
-      for (int r = 0; r < m; r++) packed[r] = x[r][i];
-  else
-    for (long i = 0; i < p->k; i++, packed += m)
-      for (int r = 0; r < m; r++) packed[r] = x[r][i] * scale[r] * p->norm[i];
+  turn(x, scale, p->norm, m, p->k, packed, m);
 }
 
 typedef struct {            /* what is done to VW columns of one site */
@@ -599,12 +625,21 @@ static void pack_keys(const void *what, long unit, int thread) { /* of a prompt 
   (void)thread;
   long t = u->L->window && begin >= u->L->window ? (begin + 1 - u->L->window) / MR * MR : u->lent[prompt];
   const long pieces = pieces_of(M, u->L, slot, kv, t, count, piece);
+  const float *x[MR];
+  float same[MR];
+  for (int r = 0; r < MR; r++) same[r] = 1;
   for (long n = 0; n < pieces; n++)
     for (long j = 0; j < piece[n].count; j++, t++) {
-      const long block = t / MR * MR, m = count - block < MR ? count - block : MR;
-      const float *keys = piece[n].keys + j * d;
-      for (long i = 0; i < d; i++) key[block * d + i * m + t - block] = keys[i];
+      const int m = t % MR + 1;
+      x[m - 1] = piece[n].keys + j * d;
+      if (m == MR || t + 1 == count) turn(x, same, 0, m, d, key + (t + 1 - m) * d, m);
     }
+}
+
+static int any_asked(const Batch *B, long from, long stop) { /* whether one of these rows' outputs is asked for */
+  long n = 0;
+  while (n < B->asked && B->asked_rows[n] < from) n++;
+  return B->asked < 0 || (n < B->asked && B->asked_rows[n] < stop);
 }
 
 static void attend_prompt(const void *what, long index, int thread) {
@@ -632,11 +667,13 @@ static void attend_prompt(const void *what, long index, int thread) {
   for (int c = 0; c < NR; c++) lane[c / VW][c % VW] = c;
   for (long row = blocks * part / tiles * NR; row < n && row < blocks * (part + 1) / tiles * NR; row += NR) {
     const long queries = n - row < NR ? n - row : NR, here = begin + row, high = here + queries;
+    if (!any_asked(B, first + row, first + row + queries)) continue;
     const long low = L->window && here >= L->window ? (here + 1 - L->window) / MR * MR : 0;
     const long pieces = pieces_of(M, L, slot, kv, low, high, piece);
-    float share[NR];
-    for (long c = 0; c < queries; c++)
-      for (long i = 0; i < d; i++) q[i * NR + c] = B->qkv[(first + row + c) * width + h * d + i] * M->scaling;
+    const float *query[NR];
+    float scale[NR], share[NR];
+    for (long c = 0; c < queries; c++) query[c] = B->qkv + (first + row + c) * width + h * d, scale[c] = M->scaling;
+    turn(query, scale, 0, queries, d, q, NR);
     for (long t = low; t < high; t += MR) {
       const int m = count - t < MR ? count - t : MR;
       run_near_tile(m, 0, d, (t < lent ? lender : key) + t * d, m, q, NR, p + t * NR);
@@ -762,6 +799,22 @@ static void out_of_attention(const Model *M, const Batch *B, long l) {
   project(M, B, l, (Product){B->act, padded(ffn), ffn, 0, L->down, ADD, DOWN, 1, {dim}, B->x, padded(dim)});
 }
 
+static void out_of_attention_asked(const Model *M, const Batch *B, long l) { /* only the rows that are asked for */
+  const long dim = padded(M->dim), qd = M->heads * M->head_dim;
+  int mods[B->asked + 1];
+  Batch few = *B;
+  few.rows = B->asked, few.mods = mods;
+  for (long n = 0; n < B->asked; n++) { /* they come to the front, and go back */
+    const long row = B->asked_rows[n];
+    memmove(B->x + n * dim, B->x + row * dim, dim * sizeof(float));
+    memmove(B->mixed + n * qd, B->mixed + row * qd, qd * sizeof(float));
+    mods[n] = B->mods[row];
+  }
+  if (B->asked) out_of_attention(M, &few, l);
+  for (long n = B->asked - 1; n >= 0; n--)
+    memmove(B->x + B->asked_rows[n] * dim, B->x + n * dim, dim * sizeof(float));
+}
+
 static void embed_row(const void *what, long row, int thread) {
   const Attention *u = what;
   const Model *M = u->M;
@@ -864,7 +917,8 @@ void pedro_prefill(Model *M, const Batch *B, long l) { /* layer l of the next ro
   enter(M->threads);
   into_attention(M, B, l);
   prompt_attention(M, B, M->layer + l);
-  out_of_attention(M, B, l);
+  if (B->asked < 0) out_of_attention(M, B, l);
+  else out_of_attention_asked(M, B, l);
   leave(&M->spent, &M->lost);
 }
 

@@ -92,6 +92,8 @@ class BatchStruct(ctypes.Structure):
         *((name, c_void_p) for name in ("x", "qkv", "mixed", "act", "low", "packed")),
         ("prompts", c_long),
         *((name, c_void_p) for name in ("starts", "conditioned", "generators")),
+        ("asked", c_long),
+        ("asked_rows", c_void_p),
         ("logits", c_void_p),
         ("best", POINTER(c_int)),
         ("best_value", c_void_p),

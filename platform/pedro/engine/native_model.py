@@ -13,12 +13,13 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pedro.adapter_kinds import SITES, Adapter, Generator
 from pedro.engine import native
+from pedro.engine.huge_pages import HugeMemory
 from pedro.engine.kernel_threads import KernelThreads
 from pedro.engine.model_executor import Logits
+from pedro.engine.module_weights import norm_factor, own_weights, release, rotations, weights_of, window
 from pedro.engine.panels import WEIGHTS, PanelPacker
 from pedro.methods.architectures import config_of
 
@@ -71,10 +72,13 @@ def simd_width() -> int:
 
 
 class PrefillState:
-    """A prefill in progress: its rows and their hidden states. `done` counts tokens times layers."""
+    """A prefill in progress: its rows and their hidden states. `done` counts tokens times layers. The last layer
+    computes the outputs of the tokens `asked` only."""
 
     def __init__(self, rows: list[ConditionedRow], batch: native.BatchStruct, buffers: dict[str, torch.Tensor]) -> None:
         self.rows = rows  # keeps alive the adapters whose weights the kernel reads
+        spans = [(row.segment.start if row.every_state else row.segment.stop - 1, row.segment.stop) for row in rows]
+        self.asked = torch.cat([torch.arange(*span, dtype=torch.int32) for span in spans])
         self.batch = batch
         self.buffers = buffers
         self.generators: Any = None
@@ -105,6 +109,7 @@ class NativeModel:
         self.threads = KernelThreads(threads)
         self._packer = PanelPacker(simd_width())
         self._weights, head_weights = weights, HEAD_WEIGHTS.get(weights, weights)
+        self._memory = HugeMemory()
         self._held: list[torch.Tensor] = []  # tensors whose addresses the kernel has
         heads = config.num_attention_heads
         kv_heads, width = cache.keys[0].shape[1], cache.keys[0].shape[3]
@@ -112,7 +117,7 @@ class NativeModel:
         decoder: Any = model.base_model
         embedding: Any = model.get_input_embeddings()
         head: Any = model.get_output_embeddings()
-        cos, sin = _rotations(decoder, cache.keys[0].shape[2])
+        cos, sin = rotations(decoder, cache.keys[0].shape[2])
         self._sizes: dict[str, int] = {
             "dim": config.hidden_size,
             "heads": heads,
@@ -122,7 +127,7 @@ class NativeModel:
             "vocab": embedding.num_embeddings,
         }
         self._widths = self._packer.buffer_widths(self._sizes)
-        self._final_norm = _norm(decoder.norm).detach().float().contiguous()
+        self._final_norm = norm_factor(decoder.norm).detach().float().contiguous()
         tied = head.weight.data_ptr() == embedding.weight.data_ptr()
         self.struct = native.ModelStruct(
             **self._sizes,
@@ -137,16 +142,16 @@ class NativeModel:
             eps=config.rms_norm_eps,
             scaling=architecture.layers[0].attention.scaling,
             embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
-            embed=None if tied else self._hold(self._table(embedding.weight.data, head_weights)),
+            embed=None if tied else self._hold(self._table(embedding.weight.data, head_weights), copied=False),
             final_norm=self._final_norm.data_ptr(),
             head=self._hold(self._packer.panels([head.weight.data], head_weights)),
             cos=self._hold(cos),
             sin=self._hold(sin),
             layer=layers,
         )
-        _release(head)
+        release(head)
         if tied or head_weights != "float32":
-            _release(embedding)
+            release(embedding)
         self._structs: WeakKeyDictionary[Generator, Any] = WeakKeyDictionary()
         for layer, sites, keys, values in zip(layers, architecture.layers, cache.keys, cache.values, strict=True):
             self._pack(layer, sites, keys, values)
@@ -155,8 +160,8 @@ class NativeModel:
         self._ranks = torch.zeros(self._num_layers, len(SITES), slots, dtype=torch.int32)
         self.struct.lora, self.struct.ranks = self._lora.data_ptr(), self._ranks.data_ptr()
         most = slots + draft_rows  # rows of a step
-        self._batch, self._buffers = self._make_batch(most)
-        self._part, self._part_buffers = self._make_batch(PART_ROWS, logits=False)
+        self._batch, self._buffers = self._make_batch(most, self._memory.empty)
+        self._part, self._part_buffers = self._make_batch(PART_ROWS, self._memory.empty, logits=False)
         self._prompts: tuple[native.BatchStruct, dict[str, torch.Tensor]] | None = None
         self._borrower: Callable[[], PrefillState | None] = lambda: None  # the prefill that uses the shared buffers
         ids, positions, slot_ids, mods = (self._buffers[name] for name in ("ids", "positions", "slots", "mods"))
@@ -201,14 +206,14 @@ class NativeModel:
             if row == 0 and state.generators is not None:
                 self._run("generate", state.batch, layer)
             size = min(count - row, PART_ROWS, -(-left // PART_STEP) * PART_STEP)
-            self._run("prefill", self._part_of(state, row, size), layer)
+            self._run("prefill", self._part_of(state, row, size, layer == self._num_layers - 1), layer)
             state.done += size
             if row + size == count:
                 self._modulation.edit(layer, state.buffers["x"][:count, : self._sizes["dim"]], state.rows)
 
     def logits(self, state: PrefillState, index: list[int]) -> Logits:
         """The logits after tokens `index` of a prefill whose layers all ran."""
-        batch, buffers = self._make_batch(len(index))
+        batch, buffers = self._make_batch(len(index), torch.empty)
         buffers["x"].copy_(state.buffers["x"][torch.tensor(index)])
         self._run("logits", batch)
         return Logits(buffers["logits"], batch.best[: len(index)])
@@ -237,9 +242,9 @@ class NativeModel:
         getattr(self._kernel, f"pedro_{call}")(pointer(self.struct), pointer(batch), *layer)
         self.threads.note(self.struct.spent, self.struct.lost)
 
-    def _part_of(self, state: PrefillState, row: int, size: int) -> native.BatchStruct:
+    def _part_of(self, state: PrefillState, row: int, size: int, last: bool) -> native.BatchStruct:
         """Rows [row, row + size) of the prefill as a batch: its hidden states, and scratch buffers that all parts
-        share."""
+        share. `last`: of the last layer."""
         part, buffers = self._part, state.buffers
         part.rows, part.lora = size, state.batch.lora
         for name in ("x", "ids", "positions", "slots", "mods"):
@@ -248,6 +253,10 @@ class NativeModel:
         starts = [start - row for start, stop in spans if start < stop]
         self._part_buffers["starts"] = torch.tensor([*starts, size], dtype=torch.int32)
         part.prompts, part.starts = len(starts), self._part_buffers["starts"].data_ptr()
+        part.asked = -1
+        if last:
+            asked = self._part_buffers["asked"] = state.asked[(state.asked >= row) & (state.asked < row + size)] - row
+            part.asked, part.asked_rows = len(asked), asked.data_ptr()
         self._make_low(part, self._part_buffers)
         return part
 
@@ -275,13 +284,13 @@ class NativeModel:
     def _pack(self, layer: native.LayerStruct, block: LayerSites, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Point `layer` at packed weights and free the modules' own."""
         attention, mlp_norm = block.attention, block.block.get_submodule("post_attention_layernorm")
-        sites = {name: _weights(site) for name, site in block.sites.items()}
-        sites |= {"o": _own(block.output), "down": _own(block.down)}
+        sites = {name: weights_of(site) for name, site in block.sites.items()}
+        sites |= {"o": own_weights(block.output), "down": own_weights(block.down)}
         packer, weights = self._packer, self._weights
-        layer.norm1, layer.norm2 = self._hold(_norm(block.norm)), self._hold(_norm(mlp_norm))
+        layer.norm1, layer.norm2 = self._hold(norm_factor(block.norm)), self._hold(norm_factor(mlp_norm))
         for name in ("q_norm", "k_norm"):
             norm = getattr(attention, name, None)
-            setattr(layer, name, None if norm is None else self._hold(_norm(norm)))
+            setattr(layer, name, None if norm is None else self._hold(norm_factor(norm)))
         layer.qkv = self._hold(packer.panels([sites[site][0] for site in "qkv"], weights))
         layer.o = self._hold(packer.panels([sites["o"][0]], weights))
         layer.gate_up = self._hold(packer.paired(sites["gate"][0], sites["up"][0], weights))
@@ -291,30 +300,32 @@ class NativeModel:
             if bias is not None:
                 layer.bias[number] = self._hold(packer.widened(bias[:, None])[:, 0])
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-        layer.window = _window(attention)
+        layer.window = window(attention)
         for module in {
             id(m): m for m in (*(s.module for s in block.sites.values()), block.output, block.down)
         }.values():
-            _release(module)
+            release(module)
 
     def _table(self, embedding: torch.Tensor, weights: str) -> torch.Tensor:
         """An embedding [V, D] not tied to the head: unchanged, or quantised in panels."""
         return embedding if weights == "float32" else self._packer.panels([embedding], weights)
 
-    def _hold(self, tensor: torch.Tensor) -> int:
-        """Keep the tensor alive, as float32 unless it contains bytes; returns its address."""
+    def _hold(self, tensor: torch.Tensor, copied: bool = True) -> int:
+        """Keep the tensor alive, as float32 unless it contains bytes; returns its address. `copied`: in huge pages."""
         tensor = tensor.detach()
-        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-        self._held.append(tensor)
-        return tensor.data_ptr()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        self._held.append(self._memory.copy(tensor) if copied else tensor.contiguous())
+        return self._held[-1].data_ptr()
 
-    def _make_batch(self, rows: int, logits: bool = True) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
+    def _make_batch(
+        self, rows: int, empty: Callable[[int, int], torch.Tensor], logits: bool = True
+    ) -> tuple[native.BatchStruct, dict[str, torch.Tensor]]:
         """A batch of `rows`, and the tensors behind it: `dim` and so on are the widths of native.c's `Batch`."""
         threads = self.threads.limit
         widths = {**self._widths, "best_value": threads}
         if logits:
             widths["logits"] = self._sizes["vocab"]
-        buffers = {name: torch.empty(rows, width) for name, width in widths.items()}
+        buffers = {name: empty(rows, width) for name, width in widths.items()}
         buffers |= {
             name: torch.empty(rows, dtype=torch.int32) for name in ("ids", "positions", "slots", "mods", "best")
         }
@@ -359,42 +370,3 @@ class NativeModel:
                 self._lora[layer, number, slot, 0] = term.a.data_ptr()
                 self._lora[layer, number, slot, 1] = term.b.data_ptr()
                 self.struct.max_rank = max(self.struct.max_rank, rank)
-
-
-def _rotations(decoder: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [length, rotary width] of every position, computed by the model itself."""
-    at = torch.arange(length)[None]
-    cos, sin = decoder.rotary_emb(torch.zeros(1, length, 1), position_ids=at)
-    return cos[0].float(), sin[0].float()
-
-
-def _norm(module: nn.Module) -> torch.Tensor:
-    """The factor of an RMS norm; Gemma stores it minus one."""
-    weight: torch.Tensor = module.weight.data  # type: ignore[assignment]
-    return weight + 1 if type(module).__name__.startswith("Gemma") else weight
-
-
-def _weights(site: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [W, K] and bias [W] of a projection, cut out of a fused one."""
-    weight, bias = _own(site.module)
-    rows = slice(None) if site.rows is None else site.rows
-    return weight[rows], None if bias is None else bias[rows]
-
-
-def _own(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    bias = module.bias
-    return module.weight.data, None if bias is None else bias.data
-
-
-def _window(attention: Any) -> int:
-    """How many positions a token sees; 0 for all. Mistral and Phi-3 only set it in their config."""
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window or 0
-    config = attention.config
-    return getattr(config, "sliding_window", None) or 0 if config.model_type in ("mistral", "phi3") else 0
-
-
-def _release(module: nn.Module) -> None:
-    """Free a module's weights once they are packed."""
-    for parameter in module.parameters():
-        parameter.data = torch.empty(0)

@@ -204,7 +204,13 @@ class Runner:
             start = segments[-1].stop
         conditioned = [
             ConditionedRow(
-                segment, row.conditioning_length, row.adapter, row.preempted_state, row.num_cached, row.start
+                segment,
+                row.conditioning_length,
+                row.adapter,
+                row.preempted_state,
+                row.num_cached,
+                row.start,
+                every_state=row.prompt_logprobs is not None or row.pooling == "mean",
             )
             for row, segment in zip(rows, segments, strict=True)
         ]

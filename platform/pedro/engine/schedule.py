@@ -27,6 +27,8 @@ NEWS = 0.25  # weight of the newest measurement
 LEAST_TOKENS = 4
 LEAST_ROWS = 4  # in a short step: fewer would hardly make it shorter, since every step reads all weights
 LONE_TOKENS = 512  # of a chunk while no sequence decodes
+LONE = 2  # times `prefill_tokens`: what one prefill reads while no sequence runs
+MOST_LENGTH = 8  # times `prefill_tokens`: what prompts of one prefill have together, with what is cached of them
 PATIENCE = 0.15
 SPARE = 16  # newcomers leave one block in this many free for running sequences
 SHED = (
@@ -38,7 +40,8 @@ PrefillGroup = tuple[Sequence, ...]  # these share one prefill: the first is rea
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Limits of the scheduler. `prefill_tokens` is the most prompt work per step, in tokens through all layers.
+    """Limits of the scheduler. `prefill_tokens` is the most prompt work per step, in tokens through all layers, and
+    that of one prefill; while no sequence runs, a prefill reads more, since its sequences then decode together.
 
     A waiting tenant that is more than `preempt_after` weighted tokens behind a running one takes a slot from it.
     For `head_room_s` after a tenant's last request, capacity is reserved for its next one. Running sequences share
@@ -55,6 +58,12 @@ class SchedulerLimits:
     kv_blocks: int = sys.maxsize
     kv_block: int = 16
     ahead: int = 0
+
+    def too_much(self, tokens: int, length: int, lone: bool) -> bool:
+        """Whether one prefill should not read so many tokens, of prompts of this total length. `lone`: while nobody
+        else runs."""
+        most = self.prefill_tokens
+        return tokens > (LONE * most if lone else most) or length > MOST_LENGTH * most
 
     @classmethod
     def of(cls, config: EngineConfig, kv_blocks: int, kv_block: int) -> SchedulerLimits:

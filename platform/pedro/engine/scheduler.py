@@ -33,7 +33,6 @@ from pedro.errors import OverloadedError, RateLimitError
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1.0, 2.0  # cost of a prompt token and of an answer token (the paper's w_p, w_q)
 NEWS = 0.25  # weight of the newest prompt in the moving average of lengths
 MAX_PREFILLS = 2  # one in progress, and one that is paused
-MOST_LENGTH = 8  # times `prefill_tokens`: what prompts of one prefill have together, with what is cached of them
 
 
 class Scheduler:
@@ -203,7 +202,7 @@ class Scheduler:
             if head.awaits in self._parked or not self.foresee(head):
                 self._park(tenant)  # it must not block others before its adapter is loaded
                 continue
-            full = max(tokens + head.unread, (length + head.length) / MOST_LENGTH) > self.limits.prefill_tokens
+            full = self.limits.too_much(tokens + head.unread, length + head.length, lone=not self.running)
             if head in preempted or (groups and (full or self._shares.over(tenant) != over)):
                 break
             victims = self._victims(tenant, head) if self._may_interrupt(tenant, head) else None
@@ -227,7 +226,7 @@ class Scheduler:
 
     def _may_interrupt(self, tenant: Tenant, head: Sequence) -> bool:
         """Whether the prefill in progress, if any, may be paused for that of `head`: its tenants are over their share,
-        or it is twice as long."""
+        or those who would wait for `head` do so for less, in total, than `head` would for them."""
         if not self._prefills:
             return True
         under_way = self._prefills[-1]
@@ -235,7 +234,7 @@ class Scheduler:
         most = min(other.counter for other in under_way.tenants) + (self.limits.preempt_after if favoured else 0)
         if tenant in under_way.tenants or tenant.counter > most:
             return False
-        return favoured or 2 * head.unread <= under_way.tokens - under_way.done
+        return favoured or max(2, len(under_way.groups)) * head.unread <= under_way.tokens - under_way.done
 
     def _must_leave_room(self, tenant: Tenant) -> bool:
         """Whether some free slots are reserved from this tenant for others. A tenant that runs nothing may use any."""
