@@ -24,13 +24,13 @@ from pedro.config import Settings
 from pedro.errors import ConfigError, DataError, NotFoundError
 from pedro.evaluation.saved import score_file
 from pedro.training import worker
+from pedro.training.batches import Preferences
 from pedro.training.bilevel import OMEGA, THETA
 from pedro.training.estimate import dry_run
 from pedro.training.job import check_data, judge_version
 from pedro.training.job_events import checkpoint_metrics, metrics_event, step_metrics
 from pedro.training.loop import batch_step, mean_losses, train
 from pedro.training.memory import Sizes, training_memory
-from pedro.training.objectives import Preferences
 from pedro.training.spec import FineTuneSpec
 from pedro.training.trainer import Result
 from pedro.training.worker_group import ALONE

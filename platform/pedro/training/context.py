@@ -19,10 +19,10 @@ from pedro.methods.packing import AttendAgain
 from pedro.methods.registry import count_parameters, get_method
 from pedro.process import return_freed_memory_at_once
 from pedro.training.backbone_pieces import can_be_cut, fill, load_in_pieces
+from pedro.training.batches import objective_of
 from pedro.training.bilevel import Alternation, GroupedAdamW, Named
 from pedro.training.engines import StepEngine, TorchEngine
 from pedro.training.loop import Data, TrainingPlan
-from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, Tell, make_training_plan, prepare_data, sample
 from pedro.training.quantised_load import load_quantised
 from pedro.training.worker_group import ALONE, WorkerGroup

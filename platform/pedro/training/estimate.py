@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import Backbone, load_config, load_tokenizer, resolve_backbone
 from pedro.refs import ModelRef
+from pedro.training.batches import objective_of
 from pedro.training.calibrate import BOUND_S, Calibration, calibrate
 from pedro.training.memory import BYTES, Footprint, Sizes, training_memory
-from pedro.training.objectives import objective_of
 from pedro.training.prepare import PreparedData, make_training_plan, notes, prepare_data
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pedro.errors import TrainingError
-from pedro.training.batches import Rows, RowStream, fetch, passed_tokens, slices, supervised_tokens
+from pedro.training.batches import ANSWERS, Objective, Rows, RowStream, fetch, passed_tokens, slices, supervised_tokens
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
-from pedro.training.objectives import ANSWERS, Objective
 from pedro.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:

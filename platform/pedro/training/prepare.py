@@ -22,8 +22,8 @@ from pedro.data.dataset import REJECTED
 from pedro.data.preferences import check_objective
 from pedro.data.prompt_format import around, check_format
 from pedro.errors import ConfigError, DataError
+from pedro.training.batches import ANSWERS, Objective
 from pedro.training.loop import TrainingPlan
-from pedro.training.objectives import ANSWERS, Objective
 from pedro.training.storage import fetch
 
 if TYPE_CHECKING:
