@@ -14,8 +14,7 @@ import numpy as np
 from pedro.comparison.report import WIDTH, make_report, print_report
 from pedro.comparison.result_model import AVERAGE, Comparison, RunResult, Table, TableEntry, TaskResult
 from pedro.comparison.run_files import write_run
-from pedro.comparison.selection import select
-from pedro.comparison.tables import build_tables
+from pedro.comparison.tables import build_tables, select
 from pedro.provenance import provenance
 
 GELU_LIKE = {"a": [-0.00407, 0.5, 0.42188, 0.12989, 0.01796, 0.0011, 2e-05], "b": [0.0, 0.259784, 0.0, 0.00219, 0.0]}

@@ -17,8 +17,8 @@ import psutil
 import pytest
 from steady_clients import SteadyClients
 
-from pedro import cluster, secret_files
-from pedro.config import Settings
+from pedro import cluster
+from pedro.config import Settings, holds_secret, without_password
 from pedro.errors import ConfigError, UnavailableError
 
 PEDRO = [sys.executable, "-m", "pedro.cli"]
@@ -107,8 +107,8 @@ def test_a_file_that_the_user_named_is_handed_on_rather_than_copied(home, monkey
     ],
 )
 def test_what_may_be_a_password_is_taken_for_one_and_not_shown(url, secret):
-    assert secret_files.holds_secret(url) is secret
-    assert (secret_files.without_password(url) == url) is not secret
+    assert holds_secret(url) is secret
+    assert (without_password(url) == url) is not secret
 
 
 def test_a_storage_with_a_key_in_its_url_is_refused_because_manifests_would_hold_it(home):
@@ -198,7 +198,7 @@ def test_a_wrong_ray_address_is_told_before_ray_tries_it_for_minutes(home, monke
 STRANGER = """
 import socket
 from pedro import cluster
-from pedro.config import Settings
+from pedro.config import Settings, holds_secret, without_password
 from pedro.errors import UnavailableError
 cluster.CONNECT_TIMEOUT_S = 1
 with socket.create_server(("127.0.0.1", 0)) as server:

@@ -16,17 +16,17 @@ from pedro.comparison import data as task_data
 from pedro.comparison.costs import METRICS, front, points_of, undominated
 from pedro.comparison.data import gather
 from pedro.comparison.forgetting import AbilityMeter
-from pedro.comparison.measures import ForgettingSpec
 from pedro.comparison.report import draw_front, make_report, print_report, summarize, write_report
 from pedro.comparison.run_files import read_comparison
 from pedro.comparison.run_planner import RunPlanner
 from pedro.comparison.single_run import execute_run
 from pedro.comparison.spec import ComparisonSpec
-from pedro.config import validate_spec
+from pedro.comparison.spec_sections import ForgettingSpec
 from pedro.data.general_text import FILE, WINDOW, windows
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.methods.registry import get_method
+from pedro.spec_reader import validate_spec
 from pedro.training.quantised_load import load_quantised
 from pedro.training.spec import TrainingSpec
 

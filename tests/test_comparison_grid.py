@@ -29,10 +29,10 @@ from pedro.comparison.run_executor import RunExecutor, missing_resources, reusab
 from pedro.comparison.run_files import open_folder, read_comparison, write_run
 from pedro.comparison.run_planner import RunPlanner, check, count_parameters_of, far_from_budget, sized
 from pedro.comparison.single_run import execute_run, failed
-from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice
-from pedro.comparison.spec_file import load_comparison_spec
-from pedro.config import Settings, validate_spec
+from pedro.comparison.spec import ComparisonSpec, EfficiencySpec, MethodChoice, load_comparison_spec
+from pedro.config import Settings
 from pedro.errors import ConfigError, DataError
+from pedro.spec_reader import validate_spec
 
 CONFIGS = sorted(
     path

@@ -14,7 +14,7 @@ from pedro.comparison.peft_results import export_results, import_results
 from pedro.comparison.report import as_markdown, make_report, print_report, summarize
 from pedro.comparison.result_model import RunResult
 from pedro.comparison.run_files import IMPORTED, read_comparison
-from pedro.comparison.selection import select
+from pedro.comparison.tables import select
 from pedro.errors import ConfigError, DataError
 
 # what a file of theirs holds, most of its metrics and of its configs left out

@@ -13,7 +13,7 @@ from pedro.comparison.report import as_markdown, make_report
 from pedro.comparison.result_model import CAP, EARLY, FAILED, FINAL, TUNE, RunResult
 from pedro.comparison.run_files import read_comparison
 from pedro.comparison.single_run import execute_run
-from pedro.comparison.spec import TuneSpec
+from pedro.comparison.spec_sections import TuneSpec
 
 GRID = [3e-3, 1e-2, 3e-2]
 

@@ -16,8 +16,8 @@ from pedro.comparison.figures import grouped
 from pedro.comparison.report import make_report, write_report
 from pedro.comparison.result_model import AVERAGE, Comparison, RunResult
 from pedro.comparison.run_files import read_comparison, write_run
-from pedro.comparison.selection import select
 from pedro.comparison.statistics import Runs, bootstrap, interval, median
+from pedro.comparison.tables import select
 from pedro.errors import ConfigError
 
 SKILLS = {"PEDRO": 1.2, "LoRA": 1.1, "Full": 3.0}

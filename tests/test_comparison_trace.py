@@ -13,7 +13,7 @@ from pedro.comparison import statistics
 
 PACKAGE = Path(pedro.__file__).parent
 ROOT = PACKAGE.parents[1]
-MOST_FILES = 25
+MOST_FILES = 20
 MOST_MOVES = 53  # from file to file, for a reader who follows each function when it is first called
 
 

@@ -19,12 +19,12 @@ from pedro.comparison.single_run import _job, execute_run
 from pedro.comparison.spec import ComparisonSpec
 from pedro.comparison.untrained import Untrained, candidates, prompt_of
 from pedro.comparison.untrained_run import BackboneAsker
-from pedro.config import validate_spec
 from pedro.data.prompt_format import encode_prompt, encode_text
 from pedro.data.tasks import get_task
 from pedro.errors import ConfigError
 from pedro.evaluation.ranking import PromptReader, likeliest
 from pedro.evaluation.scoring import answer_logprobs
+from pedro.spec_reader import validate_spec
 from pedro.training.context import build_context
 
 WAYS = [{"name": "backbone", "shots": shots, "by": by} for by in ("likelihood", "match") for shots in (0, 4, "label")]

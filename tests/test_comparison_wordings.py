@@ -15,12 +15,12 @@ from pedro.comparison.result_model import FINISHED
 from pedro.comparison.run_files import read_comparison
 from pedro.comparison.run_planner import RunPlanner
 from pedro.comparison.single_run import execute_run
-from pedro.comparison.spec import ComparisonSpec
-from pedro.comparison.spec_file import load_comparison_spec
+from pedro.comparison.spec import ComparisonSpec, load_comparison_spec
 from pedro.comparison.untrained_run import BackboneAsker
-from pedro.config import Settings, validate_spec
+from pedro.config import Settings
 from pedro.data.prompt_format import encode_prompt
 from pedro.errors import ConfigError
+from pedro.spec_reader import validate_spec
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {"max_steps": 2, "batch_size": 4, "lr": 1e-2, "eval_every": 2, "b_up_lr_ratio": None}

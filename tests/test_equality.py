@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from equality import DEMO_TENANTS, Report, demo_spec, differences
 
-from pedro.config import validate_spec
 from pedro.demo.stories import SMALL
 from pedro.demo.stories import demo_spec as packaged_spec
+from pedro.spec_reader import validate_spec
 from pedro.training.spec import FineTuneSpec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,6 @@ from safetensors.numpy import save_file
 
 from pedro.adapter_check import check_adapter
 from pedro.adapter_directory import CONFIG, WEIGHTS, weights_digest, write_manifest
-from pedro.config import validate_spec
 from pedro.data.mistakes import LineError
 from pedro.data.row_reader import read_rows
 from pedro.data.row_shapes import read_row
@@ -30,8 +29,8 @@ from pedro.gateway.batch_rows import RowMistake
 from pedro.gateway.batch_rows import read_rows as read_batch
 from pedro.gateway.tool_answers import CallReader
 from pedro.methods.adapter_files import read_config
+from pedro.spec_reader import parse_yaml, validate_spec
 from pedro.training.spec import FineTuneSpec
-from pedro.yaml_reader import parse_yaml
 
 MANIFEST = {
     "backbone": {"id": "tiny", "digest": "sha256:a", "tokenizer_digest": "sha256:t"},

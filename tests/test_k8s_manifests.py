@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 import pedro
 from pedro.cli import app
 from pedro.cluster import LEAN_HEAD
-from pedro.config import NOT_FOR_WORKERS, Settings, validate_spec
+from pedro.config import NOT_FOR_WORKERS, Settings
 from pedro.gateway.connections import ConnectionLimits
 from pedro.serving.config import ServeConfig
+from pedro.spec_reader import validate_spec
 from pedro.training.queue.kuberay import TEMPLATE
 
 SCHEMAS = Path(__file__).parent / "fixtures" / "kuberay" / "schemas.json.gz"

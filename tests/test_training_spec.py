@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pedro.backbone import resolve_backbone
-from pedro.comparison.spec_file import load_comparison_spec
+from pedro.comparison.spec import load_comparison_spec
 from pedro.config import Settings
 from pedro.errors import BackboneError, ConfigError
 from pedro.training.job import flat, read_spec, stage

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pedro.config import without_password
 from pedro.refs import ModelRef, tenant_of
 from pedro.registry import CANDIDATE, CHAMPION, MANIFEST, PREVIOUS, Registry, Version
-from pedro.secret_files import without_password
 from sources.stores import ask_registry
 from sources.view import seen, sees, tenant_seen, without_places
 

@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pedro.comparison import renderers
-from pedro.comparison.paper import Paper, parse_paper
-from pedro.comparison.result_model import JUDGE, Comparison, RunResult, Table, format_score
+from pedro.comparison.result_model import JUDGE, Comparison, Paper, RunResult, Table, format_score, parse_paper
 from pedro.comparison.run_files import METADATA, count_runs, last_change, read_comparison
-from pedro.comparison.selection import select
-from pedro.comparison.tables import build_tables
+from pedro.comparison.tables import build_tables, select
 from pedro.comparison.verdict import by_information
 from pedro.data.tasks import TASKS
 from sources.view import tenant_seen

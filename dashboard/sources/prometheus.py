@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from pedro.secret_files import without_password
+from pedro.config import without_password
 from pedro.traffic.history import Interval
 from pedro.traffic.scrape import COUNTERS, GAUGES, HISTOGRAMS, SeriesSource, gained, increase
 from sources.serving import POINTS, History

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from pedro.secret_files import without_password
+from pedro.config import without_password
 from sources.gateway import DEFAULT_URL, GatewayClient
 from sources.stores import SQLITE, is_there
 

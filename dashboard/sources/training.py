@@ -20,7 +20,7 @@ from pedro.data.files import ending
 from pedro.data.masks import MaskedRow, show_masks
 from pedro.data.row_shapes import RowShape
 from pedro.errors import ConfigError, PedroError
-from pedro.yaml_reader import parse_yaml
+from pedro.spec_reader import parse_yaml
 from sources.gateway import GatewayError
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from jobs.benchmarks.model_sizes import bench_folder
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from pedro.backbone import embedded_backbones, resolve_backbone
-from pedro.config import Settings, validate_spec
+from pedro.config import Settings
 from pedro.errors import PedroError
+from pedro.spec_reader import validate_spec
 from pedro.training.spec import FineTuneSpec
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def _spec(method: str, backbone: str, steps: int) -> FineTuneSpec:
 
 def _promise(spec: FineTuneSpec, home: Path) -> dict[str, Any]:
     """What `pedro submit --dry-run` says. Raises PedroError with its own words if it fails."""
-    program = "import json, sys; from pedro.config import validate_spec; from pedro.training.estimate import dry_run"
+    program = (
+        "import json, sys; from pedro.spec_reader import validate_spec; from pedro.training.estimate import dry_run"
+    )
     program += "; from pedro.training.spec import FineTuneSpec"
     program += "; spec = validate_spec(json.load(sys.stdin), FineTuneSpec, source='bench')"
     program += "; print(json.dumps(dry_run(spec).to_dict()))"

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from jobs.benchmarks.home_processes import kill, of_home
-from pedro.config import Settings, validate_spec
 from pedro.errors import ConflictError, NotFoundError, PedroError, UnavailableError
+from pedro.spec_reader import validate_spec
 from pedro.store import JobStatus, Store
 
 if TYPE_CHECKING:
     from jobs.benchmarks.engine_process import Log
     from jobs.benchmarks.postgres_server import PostgresServer
+    from pedro.config import Settings
     from pedro.store import JobRecord
     from pedro.training.spec import FineTuneSpec
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pedro.backbone_files import VOCABULARIES, check_files, read_json
+from pedro.config import backbones_folder, home_directory
 from pedro.errors import BackboneError, ConfigError
-from pedro.home import backbones_folder, home_directory
 from pedro.refs import NAME
 
 if TYPE_CHECKING:

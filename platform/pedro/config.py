@@ -1,31 +1,29 @@
-"""Where things live and how a spec is read; free of Ray, MLflow and torch.
+"""Where things live: the environment, read once as `Settings`. Needs the standard library alone.
 
-`Settings` is the environment, read once; `load_spec` turns YAML and `key=value` overrides into a frozen pydantic
-model and reports every mistake at once. Precedence: defaults < YAML < `key=value`.
+Ray shows a job's environment variables and a training run's settings to whoever may see its pages, so a URL with a
+password is never among them: it reaches another process by `NAME_FILE`, the path of a file that only its owner reads.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
 from urllib.parse import quote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from pedro import log_lines, secret_files
+from pedro import log_lines
 from pedro.errors import ConfigError
-from pedro.home import home_directory
 from pedro.refs import NAME
-from pedro.yaml_reader import MAX_DEPTH, parse_yaml, read_yaml
 
 SHOWN = 200
 """Characters of a wrong value that an error repeats."""
+BACKBONES = "backbones"
+SERVER_RECORD = "serve.json"  # where this home serves, while it does
+UPLOADS = "files"
+"""The folder of the storage in which tenants' uploaded files lie."""
 DATA_SCHEMES = ("s3", "gs", "hf")
 LAUNCHERS = ("ray", "kuberay")
 NOT_FOR_WORKERS = (  # what opens the platform, by MLflow's and PostgreSQL's own variables too
@@ -51,22 +49,7 @@ NOT_FOR_WORKERS = (  # what opens the platform, by MLflow's and PostgreSQL's own
     "PGPASSFILE",
     "PGPASSWORD",
 )
-PLAIN_WORDS = {  # pydantic's words: ours
-    r"^Value error, ": "",
-    r"Input should be": "expected",
-    r"a valid tuple": "a list",
-    r"a valid dictionary( or instance of \w+)?": "a mapping (key: value)",
-    r"^(Tuple|List|Dictionary) should have at least (\d+) items? after validation, not \d+": r"expected at least \2",
-}
-
-
-class Frozen(BaseModel):
-    """The base of every specification: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-Spec = TypeVar("Spec", bound=BaseModel)
+_IN_QUERY = re.compile(r"[?&][^=&]*(pass|pwd|secret|token|key|sig|credential)[^=&]*=", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +96,7 @@ class Settings:
         """Read the environment; create nothing. Raises ConfigError for a file of a secret that is not there."""
         home = home_directory(env)
         storage = env.get("PEDRO_STORAGE") or str(home / "storage")
-        if secret_files.holds_secret(storage):
+        if holds_secret(storage):
             raise ConfigError(
                 "PEDRO_STORAGE: contains a password or a key, which would be written to specs and manifests; use the "
                 "provider's own variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, …) or fsspec's "
@@ -124,10 +107,8 @@ class Settings:
             storage = str(Path(storage).expanduser().absolute())
         return cls(
             home=home,
-            tracking_uri=_with_user(secret_files.read(env, "MLFLOW_TRACKING_URI"), env)
-            or f"sqlite:///{home / 'mlflow.db'}",
-            database_url=_with_password(secret_files.read(env, "PEDRO_DATABASE_URL"), env)
-            or f"sqlite:///{home / 'pedro.db'}",
+            tracking_uri=_with_user(_read(env, "MLFLOW_TRACKING_URI"), env) or f"sqlite:///{home / 'mlflow.db'}",
+            database_url=_with_password(_read(env, "PEDRO_DATABASE_URL"), env) or f"sqlite:///{home / 'pedro.db'}",
             storage=storage,
             ray_address=env.get("RAY_ADDRESS") or None,
             data_roots=tuple(
@@ -136,7 +117,7 @@ class Settings:
                 if root
             ),
             data_schemes=_schemes(env.get("PEDRO_DATA_SCHEMES", "")),
-            mlflow_database_url=secret_files.read(env, "MLFLOW_BACKEND_STORE_URI"),
+            mlflow_database_url=_read(env, "MLFLOW_BACKEND_STORE_URI"),
             own_seal_file=_path(env.get("PEDRO_SEAL_KEY_FILE")),
             own_webhook_key_file=_path(env.get("PEDRO_WEBHOOK_KEY_FILE")),
             webhook_networks=_networks(env.get("PEDRO_WEBHOOK_NETWORKS", "")),
@@ -179,8 +160,8 @@ class Settings:
         folder = self.home / "secrets"
         return {
             "PEDRO_HOME": str(self.home),
-            **secret_files.variables("MLFLOW_TRACKING_URI", self.tracking_uri, folder),
-            **secret_files.variables("PEDRO_DATABASE_URL", self.database_url, folder),
+            **_variables("MLFLOW_TRACKING_URI", self.tracking_uri, folder),
+            **_variables("PEDRO_DATABASE_URL", self.database_url, folder),
             "PEDRO_STORAGE": self.storage,
             "PEDRO_DATA_ROOTS": os.pathsep.join(self.data_roots),
             "PEDRO_DATA_SCHEMES": ",".join(self.data_schemes),
@@ -220,6 +201,86 @@ class Settings:
         return local
 
 
+def home_directory(env: Mapping[str, str] = os.environ) -> Path:
+    """`PEDRO_HOME`, or `.pedro` in the working directory; absolute, so that it means the same in every process."""
+    return Path(env.get("PEDRO_HOME") or ".pedro").expanduser().absolute()
+
+
+def backbones_folder(home: Path) -> Path:
+    """The backbones that were pulled or added, a directory each."""
+    return home / BACKBONES
+
+
+def holds_secret(value: str) -> bool:
+    """Whether a URL holds a password, or what may be one. In doubt it does."""
+    scheme, _, rest = value.partition("://")
+    if scheme.partition("+")[0] in ("sqlite", "file"):
+        return False
+    user, at, _ = rest.rpartition("@")
+    named = bool(at) and (":" in user or not scheme.startswith("postgres"))  # elsewhere a user alone may be a token
+    return named or bool(_IN_QUERY.search(rest))
+
+
+def without_password(value: str) -> str:
+    """The URL for people: whatever may be a secret in it is left out."""
+    if not holds_secret(value):
+        return value
+    scheme, _, rest = value.partition("://")
+    _, at, address = rest.rpartition("@")
+    return f"{scheme}://{'…@' if at else ''}{address.partition('?')[0]}"
+
+
+def _read(env: Mapping[str, str], name: str) -> str | None:
+    """The value of `name`: what the file of `NAME_FILE` holds where there is that file, else the variable itself.
+
+    Raises ConfigError where the file is named and not there, and the variable is not set.
+    """
+    path = env.get(f"{name}_FILE")
+    if not path:
+        return env.get(name) or None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        if env.get(name):
+            return env[name]
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"{name}_FILE: {path} cannot be read on this host ({reason}); on a cluster of several hosts set {name} on "
+            "every node (on Kubernetes from a Secret), or put the file there",
+            param=f"{name}_FILE",
+        ) from error
+
+
+def _variables(name: str, value: str, folder: Path, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that hand `value` to another process; one with a secret goes by a file in `folder`.
+
+    A file that the user named, and that holds just this, is handed on as it is.
+    """
+    if not holds_secret(value):
+        return {name: value, f"{name}_FILE": ""}
+    own = env.get(f"{name}_FILE")
+    path = Path(own) if own and _content_of(Path(own)) == value else folder / name
+    if _content_of(path) != value:
+        _write_secret(path, value)
+    return {f"{name}_FILE": str(path.absolute())}
+
+
+def _content_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _write_secret(path: Path, value: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+        stream.write(value)
+    scratch.replace(path)
+
+
 def _one_of(variable: str, known: tuple[str, ...], env: Mapping[str, str]) -> str:
     """What the variable says; the first if it says nothing."""
     name = env.get(variable) or known[0]
@@ -233,7 +294,7 @@ def _with_user(address: str | None, env: Mapping[str, str]) -> str | None:
     so they reach jobs as a password in an address does, by file."""
     if address is None or not address.startswith(("http://", "https://")) or "@" in urlsplit(address).netloc:
         return address
-    user, password = (secret_files.read(env, f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
+    user, password = (_read(env, f"MLFLOW_TRACKING_{part}") for part in ("USERNAME", "PASSWORD"))
     if not user or not password:
         return address
     scheme, _, rest = address.partition("://")
@@ -246,12 +307,12 @@ def _with_password(url: str | None, env: Mapping[str, str]) -> str | None:
     user, at, address = rest.rpartition("@")
     if not at or ":" in user or not scheme.startswith("postgres"):
         return url
-    password = secret_files.read(env, "PEDRO_DATABASE_PASSWORD")
+    password = _read(env, "PEDRO_DATABASE_PASSWORD")
     return f"{scheme}://{user}:{quote(password, safe='')}@{address}" if password else url
 
 
 def _http_address(variable: str, env: Mapping[str, str]) -> str | None:
-    address = secret_files.read(env, variable)
+    address = _read(env, variable)
     if address is None:
         return None
     try:
@@ -299,97 +360,3 @@ def check_name(field: str, value: str) -> str:
             param=field,
         )
     return value
-
-
-def load_spec(path: str | Path, overrides: Iterable[str], kind: type[Spec]) -> Spec:
-    """Read YAML at `path`, lay `a.b=value` overrides over it, and validate it as `kind`.
-
-    Raises one ConfigError that lists every mistake with its field, value and remedy.
-    """
-    fields = read_yaml(path)
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(fields).__name__}", param=str(path))
-    for override in overrides:
-        _override(fields, override)
-    return validate_spec(fields, kind, source=str(path))
-
-
-def validate_spec(fields: dict[str, Any], kind: type[Spec], source: str = "spec") -> Spec:
-    """`fields` as `kind`, or one ConfigError that lists every mistake."""
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        problems = mistakes(error, kind)
-        head = f"{source}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}"
-        raise ConfigError("\n  ".join([head, *problems]), param=str(error.errors()[0]["loc"])) from error
-
-
-def mistakes(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """What is wrong with what should have been a `kind`: one line a mistake, with field, value and remedy."""
-    items = error.errors(include_url=False)
-    locations = [item["loc"] for item in items]
-
-    def follows(item: Any) -> bool:
-        """Whether a list is too short only because what stands in it is wrong."""
-        at = item["loc"]
-        return item["type"] == "too_short" and any(len(p) > len(at) and p[: len(at)] == at for p in locations)
-
-    return [_explain(item, kind) for item in items if not follows(item)]
-
-
-def _override(fields: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{override!r}: expected key=value, for instance training.lr=1e-3", param=override)
-    *parents, leaf = key.split(".")
-    if len(parents) >= MAX_DEPTH:
-        raise ConfigError(f"{override[:SHOWN]!r}: nested more than {MAX_DEPTH} deep", param=key[:SHOWN])
-    for parent in parents:
-        fields = fields.setdefault(parent, {})
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{override!r}: {parent!r} is not a section, so nothing can be set inside it", param=key)
-    fields[leaf] = _scalar(value)
-
-
-def _scalar(text: str) -> Any:
-    try:
-        value = parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError(f"{text[:SHOWN]!r}: not a YAML value: {error}", param=text[:SHOWN]) from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text; everybody means the number
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _explain(item: Any, kind: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in item["loc"]) or "spec"
-    if item["type"] == "extra_forbidden":
-        known = _fields(kind, item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        return f"{path}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{path}: required, but not given"
-    message: str = item["msg"]
-    for theirs, ours in PLAIN_WORDS.items():
-        message = re.sub(theirs, ours, message)
-    if not item["loc"]:  # of the whole: its message names the fields
-        return message
-    if isinstance(item["input"], dict):  # of a whole section: its message says which values do not go together
-        return f"{path}: {message}"
-    given = repr(item["input"])
-    return f"{path}: {message}, got {given if len(given) <= SHOWN else given[:SHOWN] + '…'}"
-
-
-def _fields(kind: Any, path: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at `path` takes; a number in a path is a place in a list."""
-    for part in path:
-        if isinstance(part, str):
-            field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
-            kind = field.annotation if field else None
-        while kind is not None and not hasattr(kind, "model_fields"):  # X of tuple[X, ...] and of X | None
-            kind = next(iter(get_args(kind)), None)
-    return list(kind.model_fields) if hasattr(kind, "model_fields") else []

@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from pedro.config import Frozen
 from pedro.errors import ConfigError
+from pedro.spec_reader import Frozen
 
 Kind = Literal["grid", "choice", "uniform", "loguniform", "randint"]
 KINDS: tuple[str, ...] = get_args(Kind)

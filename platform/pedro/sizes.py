@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from pedro.config import BACKBONES, UPLOADS
 from pedro.errors import UnavailableError
-from pedro.home import BACKBONES, UPLOADS
 from pedro.stored_files import parts, total_bytes
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import Any
 
 from pedro.backbone import embedded_backbones
 from pedro.backbone_files import read_json
+from pedro.config import backbones_folder
 from pedro.errors import BackboneError, ConfigError, ConflictError, NotFoundError, UnavailableError
-from pedro.home import backbones_folder
 from pedro.refs import NAME
 
 ORIGIN = "pedro_backbone.json"

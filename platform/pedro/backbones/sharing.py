@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import named_directory, resolve_backbone
 from pedro.backbones.kept import Log, find_kept, locked, made_whole
+from pedro.config import BACKBONES
 from pedro.errors import BackboneError, UnavailableError
-from pedro.home import BACKBONES
 from pedro.refs import NAME
 
 if TYPE_CHECKING:

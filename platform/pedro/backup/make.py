@@ -22,11 +22,10 @@ from pedro.backbones.kept import read_origin
 from pedro.backup.archive import REGISTRY, STORE, ArchiveWriter, Hashing, Header, may_be
 from pedro.backup.parts import CHECKPOINTS, Places, find_files
 from pedro.backup.running_jobs import hold_runs
+from pedro.config import backbones_folder, without_password
 from pedro.errors import ConfigError, PedroError, UnavailableError
-from pedro.home import backbones_folder
 from pedro.refs import NAME, ModelRef
 from pedro.registry.snapshot import copy_database
-from pedro.secret_files import without_password
 from pedro.store import PLATFORM, Database, JobStatus, Store, exclusive, schema
 from pedro.store.dump import Dumped, dump, read
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from pedro.backup.archive import REGISTRY
 from pedro.backup.running_jobs import belongs_to
+from pedro.config import backbones_folder
 from pedro.errors import ConfigError
-from pedro.home import backbones_folder
 from pedro.refs import NAME
 from pedro.registry import Registry
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pedro.backup.archive import Header, MemberDigest, Sink, nowhere, read_archive
 from pedro.backup.parts import Places
 from pedro.backup.staging import Staging
+from pedro.config import without_password
 from pedro.errors import ConfigError, UnavailableError
-from pedro.secret_files import without_password
 from pedro.store import Database
 from pedro.store.dump import Dumped, check_empty, check_schema, load
 

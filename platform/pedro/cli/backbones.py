@@ -22,8 +22,7 @@ def list_backbones(as_json: AsJson = False) -> None:
     """List the backbones that are packaged or in PEDRO_HOME, and those that can be pulled by name."""
     from pedro.backbone import EMBEDDED, embedded_backbones, kept_backbones
     from pedro.backbones.recipes import RECIPES
-    from pedro.config import Settings
-    from pedro.home import backbones_folder
+    from pedro.config import Settings, backbones_folder
 
     kept = backbones_folder(Settings.from_env().home)
     rows = [_row(name, "packaged", EMBEDDED / name) for name in embedded_backbones()]

@@ -77,8 +77,7 @@ def compare(
     `pedro compare jobs/configs/nano_table1.yaml --out jobs/results/nano_table1 --report`,
     `pedro compare jobs/configs/paper_table1.yaml --dry-run`
     """
-    from pedro.comparison.spec import EfficiencySpec
-    from pedro.comparison.spec_file import load_comparison_spec
+    from pedro.comparison.spec import EfficiencySpec, load_comparison_spec
     from pedro.config import Settings
 
     wanted = load_comparison_spec(spec, overrides or [])

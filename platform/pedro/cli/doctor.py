@@ -184,8 +184,8 @@ def _service(name: str, probe: Callable[[], str], remedy: str) -> Check:
 
 
 def _registry(settings: Settings) -> str:
+    from pedro.config import without_password
     from pedro.registry import Registry
-    from pedro.secret_files import without_password
 
     registry = Registry.open(settings)
     registry.connect()

@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from pedro.config import SERVER_RECORD
 from pedro.errors import ConfigError, PedroError, UnavailableError
-from pedro.home import SERVER_RECORD
 
 if TYPE_CHECKING:
     from pedro.config import Settings

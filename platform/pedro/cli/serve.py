@@ -75,11 +75,12 @@ def serve(
     """
     import os
 
-    from pedro.config import Settings, validate_spec
+    from pedro.config import Settings
     from pedro.serving.config import ServeConfig
     from pedro.serving.deploy import answers, deploy, disconnect, record, restarting, undeploy
     from pedro.serving.door import Door
     from pedro.serving.supervision import Supervisor
+    from pedro.spec_reader import validate_spec
     from pedro.training.queue.process import ControllerKeeper
 
     settings, host = Settings.from_env(), host.strip("[]")  # as URLs have an IPv6 address

@@ -142,7 +142,7 @@ def erase(
 
 def gc_command(settings: Settings, experiments: list[str]) -> str:
     """What removes experiments, with their runs, that MLflow's server at the settings' address hides."""
-    from pedro.secret_files import without_password
+    from pedro.config import without_password
 
     address = without_password(settings.tracking_uri).replace("://…@", "://")
     ids = ",".join(experiments)

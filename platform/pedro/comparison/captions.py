@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pedro.comparison.result_model import (
     AVERAGE,
@@ -19,15 +19,13 @@ from pedro.comparison.result_model import (
     JUDGE,
     Comparison,
     RunResult,
+    Selection,
     TableEntry,
     format_score,
 )
 from pedro.comparison.statistics import FEWEST, NUM_SAMPLES
 
 TEXT = "WikiText-2's test part"
-
-if TYPE_CHECKING:
-    from pedro.comparison.selection import Selection
 
 
 def captions(selection: Selection, entries: Sequence[TableEntry]) -> tuple[str, ...]:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pedro.comparison.costs import front, metric, points_of
-from pedro.comparison.result_model import BEST, JUDGE, RunResult, Table, TableEntry
-from pedro.comparison.selection import Selection, position
+from pedro.comparison.result_model import BEST, JUDGE, RunResult, Selection, Table, TableEntry, position
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pedro.comparison.data import TestSet
-    from pedro.comparison.measures import ForgettingSpec
+    from pedro.comparison.spec_sections import ForgettingSpec
     from pedro.data.tasks import Task, TaskRow
     from pedro.model_protocols import Tokenizer
     from pedro.training.spec import TrainingSpec

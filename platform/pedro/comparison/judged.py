@@ -14,7 +14,7 @@ from pedro.evaluation.scoring import generate
 if TYPE_CHECKING:
     from pedro.comparison.data import TestSet
     from pedro.comparison.run_planner import PlannedRun
-    from pedro.comparison.spec import JudgeSpec
+    from pedro.comparison.spec_sections import JudgeSpec
     from pedro.training.context import TrainingContext
 
 MARKS = 10.0

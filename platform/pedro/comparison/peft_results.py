@@ -18,8 +18,7 @@ from pedro.comparison.run_files import IMPORTED, write_text
 from pedro.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from pedro.comparison.result_model import Comparison
-    from pedro.comparison.selection import Selection
+    from pedro.comparison.result_model import Comparison, Selection
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 

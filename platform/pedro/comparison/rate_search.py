@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pedro.comparison.result_model import FINISHED, RunResult
-from pedro.comparison.spec import MOST_RATE, TuneSpec
+from pedro.comparison.spec_sections import MOST_RATE, TuneSpec
 
 ALONE = 3.0  # from one value to the next, where a single one was given
 

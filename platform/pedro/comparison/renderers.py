@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pedro.comparison.costs import MEASURED, METRICS, SERVED
-from pedro.comparison.result_model import AVERAGE, BEST, SECOND, Cost, Difference, Table, TableEntry, format_score
+from pedro.comparison.result_model import (
+    AVERAGE,
+    BEST,
+    SECOND,
+    Cost,
+    Difference,
+    Paper,
+    Table,
+    TableEntry,
+    format_score,
+)
 from pedro.csv_cells import plain_cell
 
 if TYPE_CHECKING:
     from pedro.comparison.imported import ImportedRun
-    from pedro.comparison.paper import Paper
 
 NOTHING = ("-", "")
 HEADS = ("method", "parameters")

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.comparison import renderers
-from pedro.comparison.paper import Paper, parse_paper
-from pedro.comparison.result_model import SCHEMA, Comparison, Difference, Table, TableEntry
-from pedro.comparison.selection import Selection, select
-from pedro.comparison.tables import build_tables
+from pedro.comparison.result_model import (
+    SCHEMA,
+    Comparison,
+    Difference,
+    Paper,
+    Selection,
+    Table,
+    TableEntry,
+    parse_paper,
+)
+from pedro.comparison.tables import build_tables, select
 from pedro.errors import ConfigError
 
 if TYPE_CHECKING:

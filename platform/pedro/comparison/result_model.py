@@ -1,6 +1,7 @@
-"""What a comparison is made of once it ran: runs with their scores, and the entries of the tables made from them.
+"""What a comparison is made of once it ran: runs with their scores, which of them tables show, the tables' entries, and
+what a paper reports for the same methods and tasks, shown beside and never mixed with ours.
 
-Plain data, shared by planner, executor, tables, captions and renderers. Imports neither torch nor Ray.
+Plain data, shared by spec, planner, executor, tables, captions and renderers. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -174,6 +175,22 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The final runs that tables show, and the orders of methods, tables and columns."""
+
+    comparison: Comparison
+    runs: tuple[RunResult, ...]
+    left_out: int
+    """Final runs that are not shown: see `select`."""
+    labels: tuple[str, ...]
+    table_keys: tuple[TableKey, ...]
+    columns: Mapping[str, Sequence[str]]
+    """Which columns the training on a task leads to: itself, or the tasks that its model is scored on."""
+    tasks: tuple[str, ...]
+    """Every column once, in order."""
+
+
+@dataclass(frozen=True)
 class Difference:
     """A method's value minus the baseline's, on the same rows. `proven`: its interval excludes zero."""
 
@@ -251,6 +268,45 @@ class Table:
     """By label and name of a metric (`costs.METRICS`): what was asked to be measured beside scores."""
 
 
+@dataclass(frozen=True)
+class Paper:
+    """Numbers as printed in `table` of `source`; None where the paper has none."""
+
+    source: str
+    table: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, Mapping[str, float | None]]
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"As reported in the paper ({', '.join(part for part in (self.source, self.table) if part)})"
+
+    def value(self, label: str, column: str) -> float | None:
+        """The paper's number; None where it has none."""
+        return self.rows.get(label, {}).get(column)
+
+
+def parse_paper(block: Any) -> Paper | None:
+    """A `paper` block: source, table, columns, rows by label. Raises ValueError that says what is wrong with it."""
+    if block is None:
+        return None
+    if not isinstance(block, Mapping) or not isinstance(block.get("rows"), Mapping):
+        raise ValueError("paper: expected source, table, columns and rows by method")
+    rows = {str(label): _paper_row(label, row) for label, row in block["rows"].items()}
+    named = dict.fromkeys(column for row in rows.values() for column in row)
+    columns = tuple(map(str, block.get("columns") or named))
+    if unknown := [column for column in named if column not in columns]:
+        raise ValueError(f"paper.rows: {', '.join(unknown)} not in paper.columns ({', '.join(columns)})")
+    source, table, note = (str(block.get(key) or "") for key in ("source", "table", "note"))
+    return Paper(source, table, columns, rows, note)
+
+
+def position(item: Any, order: Sequence[Any]) -> int:
+    """Where an item stands; behind all others if it is not there."""
+    return order.index(item) if item in order else len(order)
+
+
 def format_score(value: float, metric: str, sign: bool = False) -> str:
     """A fraction in percent with one decimal, a judge's mark with two."""
     scale, digits = (1, 2) if metric == JUDGE else (100, 1)
@@ -297,6 +353,15 @@ def _known(kind: type[Any], values: Any, where: str, required: Sequence[str]) ->
             raise ValueError(f"{where}.{item.name}: expected {expected[1]}, got {value!r:.60}")
         known[item.name] = float(value) if item.type == "float" else value
     return known
+
+
+def _paper_row(label: Any, row: Any) -> dict[str, float | None]:
+    if not isinstance(row, Mapping):
+        raise ValueError(f"paper.rows.{label}: expected a number for each column")
+    for column, value in row.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"paper.rows.{label}.{column}: expected a number or null, got {value!r}")
+    return {str(column): value for column, value in row.items()}
 
 
 _KINDS: dict[str, tuple[Any, str]] = {

@@ -25,7 +25,7 @@ from pedro.errors import BackboneError, ConfigError
 from pedro.training.spec import TrainingSpec
 
 if TYPE_CHECKING:
-    from pedro.comparison.measures import ForgettingSpec, ServingSpec
+    from pedro.comparison.spec_sections import ForgettingSpec, ServingSpec
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pedro.methods.adapter_files import save_adapter
 from pedro.methods.servable import check_servable
 
 if TYPE_CHECKING:
-    from pedro.comparison.measures import ServingSpec
+    from pedro.comparison.spec_sections import ServingSpec
     from pedro.training.context import TrainingContext
 
 ROUNDS = 3  # after one that warms up; the middle one counts

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from pedro.comparison.data import TaskData, TestSet
     from pedro.comparison.run_planner import PlannedRun
-    from pedro.comparison.spec import JudgeSpec, RunResources
+    from pedro.comparison.spec_sections import JudgeSpec, RunResources
     from pedro.training.engines import StepEngine
     from pedro.training.worker_group import WorkerGroup
 

@@ -1,33 +1,35 @@
-"""What a comparison is asked to do: the YAML of `pedro compare`, frozen and checked without torch."""
+"""What a comparison is asked to do: the YAML of `pedro compare`, read, its paths made absolute, frozen and checked
+without torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pedro.comparison.measures import ForgettingSpec, ServingSpec
-from pedro.comparison.paper import parse_paper
-from pedro.comparison.result_model import BACKBONE
+from pedro.backbone import locate_backbone
+from pedro.comparison.result_model import BACKBONE, parse_paper
+from pedro.comparison.spec_sections import ForgettingSpec, JudgeSpec, RunResources, Seed, ServingSpec, TuneSpec
 from pedro.comparison.untrained import Untrained
-from pedro.config import Frozen, check_name, mistakes
+from pedro.config import Settings, check_name
 from pedro.data.tasks import TASKS, TEMPLATE, get_task
 from pedro.errors import ConfigError
+from pedro.spec_reader import Frozen, load_spec, mistakes, read_yaml
+from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files
 from pedro.training.quantised_check import must_be_whole
-from pedro.training.spec import TrainingSpec
+from pedro.training.spec import ASSETS, TrainingSpec
 
+KINDS = ("comparison", "efficiency")
 DATA_VARIABLE = "PEDRO_TASK_DATA"
 SIZES = ("r", "tokens")  # the option that a budget of parameters decides, the first that a method has
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 MOST_RUNS = 100_000
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-MOST_RATE = 100.0
-Rate = Annotated[float, Field(gt=0, le=MOST_RATE)]
 T = TypeVar("T")
 
 
@@ -122,39 +124,6 @@ class MethodChoice(BaseModel):
     def options(self) -> dict[str, Any]:
         """What is an option of the method."""
         return dict(self.model_extra or {})
-
-
-class TuneSpec(Frozen):
-    """The learning rate of each method on each task: every value is tried once, and the best on validation is kept."""
-
-    lr: tuple[Rate, ...] = Field(min_length=1)
-    """The learning rates to try."""
-    seed: Seed = 0
-    """Of these runs; where it is among `seeds`, the winning run counts as that seed's."""
-    once: bool = False
-    """Search at the middle budget alone, and take its learning rate for the others."""
-    extend: int = Field(0, ge=0, le=20)
-    """How many more values may be tried, one after the other, while the best is the smallest or the largest."""
-
-
-class JudgeSpec(Frozen):
-    """Who marks MT-Bench: an endpoint of the OpenAI API. Without one the answers are written and not marked."""
-
-    base_url: str
-    """Its address, up to /v1."""
-    model: str
-    """The model that judges."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds its key."""
-
-
-class RunResources(Frozen):
-    """What one run takes of the cluster."""
-
-    cpus: float = Field(1, gt=0, le=4096)
-    """CPUs that Ray sets aside for it."""
-    gpus: float = Field(0, ge=0, le=4096)
-    """GPUs that Ray sets aside for it; 0 runs on the CPU."""
 
 
 class ComparisonSpec(Frozen):
@@ -322,6 +291,63 @@ class EfficiencySpec(Frozen):
     rounds: Positive | None = None  # how often each engine is measured
     threads: Positive | None = None  # of the CPU; all cores if not given
     paper: PaperBlock = None  # what a paper reports, shown beside
+
+
+def load_comparison_spec(path: str | Path, overrides: Iterable[str] = ()) -> ComparisonSpec | EfficiencySpec:
+    """Read a spec file; relative paths start from its folder. Raises one ConfigError that lists every mistake."""
+    overrides = list(overrides)
+    spec: ComparisonSpec | EfficiencySpec
+    kind = _kind(path, overrides)
+    if kind not in KINDS:
+        raise ConfigError(f"kind: expected {' or '.join(KINDS)}, got {kind!r}", param="kind")
+    if kind == "efficiency":
+        return load_spec(path, overrides, EfficiencySpec)
+    spec = load_spec(path, overrides, ComparisonSpec)
+    base = Path(path).absolute().parent
+    backbones = tuple(locate_backbone(name, base, Path.cwd()) for name in spec.backbones)
+    tasks = [_located(task, base) for task in spec.tasks]
+    _check_places(spec, tasks, backbones, base, overrides)
+    changes: dict[str, object] = {"backbones": backbones, "data": _resolved(spec.data, base), "tasks": tuple(tasks)}
+    if spec.forgetting:
+        own = {"data": _resolved(spec.forgetting.data, base)}
+        changes["forgetting"] = spec.forgetting.model_copy(update=own)
+    return spec.model_copy(update=changes)
+
+
+def _check_places(
+    spec: ComparisonSpec, tasks: list[TaskChoice], backbones: tuple[str, ...], base: Path, overrides: Iterable[str]
+) -> None:
+    """Raise ConfigError for a folder, of data or a backbone, that a spec may not name; by hand it may lie anywhere."""
+    given = {override.partition("=")[0] for override in overrides}
+    folders = {"data": _resolved(spec.data, base)}
+    folders |= {"forgetting.data": _resolved(spec.forgetting.data, base)} if spec.forgetting else {}
+    for number, task in enumerate(tasks):
+        folders[f"tasks.{number}.data"] = task.data
+        folders |= {f"tasks.{number}.evaluate.{n}.data": other.data for n, other in enumerate(task.evaluate)}
+    local = {field: folder for field, folder in folders.items() if folder and folder != "hub"}
+    settings = Settings.from_env()
+    check_allowed_files(local, settings, [base], given)
+    for name in backbones:
+        check_allowed_backbones({"backbones": name}, settings, [base, ASSETS], given)
+
+
+def _located(task: TaskChoice, base: Path) -> TaskChoice:
+    evaluate = tuple(other.model_copy(update={"data": _resolved(other.data, base)}) for other in task.evaluate)
+    return task.model_copy(update={"data": _resolved(task.data, base), "evaluate": evaluate})
+
+
+def _resolved(data: str | None, base: Path) -> str | None:
+    return data if data in (None, "hub") else str(base / Path(data).expanduser())
+
+
+def _kind(path: str | Path, overrides: Iterable[str]) -> str:
+    if given := [override.removeprefix("kind=") for override in overrides if override.startswith("kind=")]:
+        return given[-1]
+    try:
+        fields = read_yaml(path)
+    except ConfigError:
+        return "comparison"  # `load_spec` says what is wrong
+    return str(fields.get("kind", "comparison")) if isinstance(fields, Mapping) else "comparison"
 
 
 def data_key(choice: TaskChoice, asked: TaskChoice) -> str:

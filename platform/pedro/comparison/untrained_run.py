@@ -18,7 +18,7 @@ from pedro.training.spec import TrainingSpec
 if TYPE_CHECKING:
     from pedro.comparison.data import TaskData, TestSet
     from pedro.comparison.run_planner import PlannedRun
-    from pedro.comparison.spec import RunResources
+    from pedro.comparison.spec_sections import RunResources
     from pedro.data.tasks import Task, TaskRow
     from pedro.model_protocols import Tokenizer
 

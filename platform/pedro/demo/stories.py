@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pedro.config import validate_spec
 from pedro.data.demo import CHAT_TENANTS, DEMO_TENANTS, DemoTenant
 from pedro.data.lines import shape_of
 from pedro.data.row_shapes import RowShape
 from pedro.refs import ModelRef
+from pedro.spec_reader import validate_spec
 from pedro.training.spec import FineTuneSpec
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, BinaryIO, cast
 
+from pedro.config import UPLOADS
 from pedro.errors import UnavailableError
-from pedro.home import UPLOADS
 
 SCRATCH = ".new"
 MOMENTS = ("mtime", "LastModified", "updated", "created")  # as fsspec's systems call the time of writing

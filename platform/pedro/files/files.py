@@ -13,12 +13,11 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from pedro.config import check_name
+from pedro.config import UPLOADS, check_name
 from pedro.data.files import HEAD_BYTES, ending
 from pedro.errors import PedroError
 from pedro.files.contents import Contents
 from pedro.files.names import MADE, check_content, check_filename, check_purpose, default_expiry
-from pedro.home import UPLOADS
 from pedro.store import FileRecord, check_file_room
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pedro.config import Frozen, mistakes
 from pedro.errors import ConfigError, PedroError
 from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
+from pedro.spec_reader import Frozen, mistakes
 
 SECTION = "method.pedro.sweep"
 MOST_TRIALS, MOST_KEYS, MOST_VALUES = 100, 16, 64

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from pedro.config import without_password
 from pedro.errors import UnavailableError
 from pedro.registry.relocation import relocate
-from pedro.secret_files import without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pedro.config import BACKBONES, UPLOADS, backbones_folder
 from pedro.errors import NotFoundError
-from pedro.home import BACKBONES, UPLOADS, backbones_folder
 from pedro.retention.finding import Finding
 from pedro.retention.policy import LEFTOVER_S
 from pedro.retention.view import DATASET, leftover

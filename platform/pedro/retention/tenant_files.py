@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pedro.config import UPLOADS
 from pedro.data.dataset import SOURCE
-from pedro.home import UPLOADS
 from pedro.registry.purge import (
     experiments_of,
     kept_runs,

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from pedro.config import Settings, validate_spec
+from pedro.config import Settings
 from pedro.errors import PedroError
 from pedro.serving.config import ServeConfig
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
 from pedro.serving.ray_connection import ROUTER, RayReplicaConnection
+from pedro.spec_reader import validate_spec
 
 if TYPE_CHECKING:
     from ray.serve import Application

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pedro.config import Frozen
 from pedro.process import parse_memory
+from pedro.spec_reader import Frozen
 
 
 class ServeConfig(Frozen):

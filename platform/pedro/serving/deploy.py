@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pedro.config import SERVER_RECORD
 from pedro.errors import BackboneError, ConfigError, ConflictError, PedroError, UnavailableError
-from pedro.home import SERVER_RECORD
 
 if TYPE_CHECKING:
     from pedro.backbone import Backbone

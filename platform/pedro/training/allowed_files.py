@@ -12,9 +12,8 @@ import posixpath
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from pedro.config import DATA_SCHEMES, Settings
+from pedro.config import DATA_SCHEMES, UPLOADS, Settings
 from pedro.errors import ConfigError
-from pedro.home import UPLOADS
 from pedro.refs import FILE_ID
 
 

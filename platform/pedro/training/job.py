@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from pedro import tracing
-from pedro.config import Settings, validate_spec
+from pedro.config import Settings
 from pedro.errors import ConfigError, DataError, NotFoundError, PedroError
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, Registry, Version
 from pedro.registry.queries import find_run_of_job
+from pedro.spec_reader import validate_spec
 from pedro.store import JobStatus, Store
 from pedro.training.allowed_files import check_allowed_files
 from pedro.training.driver import connect_driver, drive, fail, log_beside, log_line

@@ -1,6 +1,6 @@
 """The spec of a fine-tuning job: the YAML of `pedro submit`, validated and immutable.
 
-Unknown keys are refused, and all mistakes are reported together (`pedro.config.load_spec`). Each method validates its
+Unknown keys are refused, and all mistakes are reported together (`pedro.spec_reader.load_spec`). Each method validates its
 own options when the job is resolved.
 """
 
@@ -21,9 +21,10 @@ from pydantic import (
 )
 
 from pedro.backbone import locate_backbone
-from pedro.config import Frozen, Settings, check_name, load_spec
+from pedro.config import Settings, check_name
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID, ModelRef
+from pedro.spec_reader import Frozen, load_spec
 from pedro.training.allowed_files import check_allowed_backbones, check_allowed_files, typed_fields
 from pedro.training.quantised_check import why_whole
 from pedro.training.sharing import why_alone

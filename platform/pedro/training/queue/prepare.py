@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbones.sharing import offer_backbone
-from pedro.config import validate_spec
 from pedro.errors import ConfigError
 from pedro.refs import FILE_ID
+from pedro.spec_reader import validate_spec
 from pedro.store import JobKind
 from pedro.training.job import check_data, stage
 from pedro.training.parent import with_pinned_parent

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from pedro import log_lines
-from pedro.config import Settings
+from pedro.config import SERVER_RECORD, Settings
 from pedro.errors import ConflictError, UnavailableError
-from pedro.home import SERVER_RECORD
 from pedro.store import JobStatus, Store
 
 if TYPE_CHECKING:

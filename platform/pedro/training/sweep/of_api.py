@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pedro.config import validate_spec
 from pedro.errors import ConfigError
+from pedro.spec_reader import validate_spec
 from pedro.training.sweep.launch import job_spec
 from pedro.training.sweep.records import Records, SweepRecord
 from pedro.training.sweep.spec import SweepSpec

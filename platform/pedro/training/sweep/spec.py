@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from pedro.backbone import locate_backbone
-from pedro.config import Frozen, check_name, load_spec
+from pedro.config import check_name
 from pedro.errors import ConfigError
 from pedro.search_space import Dimension, SchedulerSpec, SearchSpec
+from pedro.spec_reader import Frozen, load_spec
 from pedro.training.spec import FineTuneSpec, check_backbones, check_data_files
 
 FIXED = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import load_config, named_directory, resolve_backbone
-from pedro.config import validate_spec
 from pedro.errors import BackboneError, ConfigError
+from pedro.spec_reader import validate_spec
 from pedro.training.spec import FineTuneSpec
 
 if TYPE_CHECKING:
