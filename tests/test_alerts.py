@@ -24,7 +24,7 @@ from pedro.config import Settings
 from pedro.errors import AdapterError, UnavailableError
 from pedro.gateway import usage, webhook_runner
 from pedro.gateway.app import GatewaySettings
-from pedro.gateway.observability import of_gateway
+from pedro.gateway.edge import of_gateway
 from pedro.refs import ModelRef
 from pedro.serving.failover import VersionFaults
 from pedro.serving.metrics import ReplicaMetrics, merged

@@ -16,7 +16,7 @@ from traffic_scrapes import end, replica
 
 from pedro.config import Settings
 from pedro.errors import ConfigError
-from pedro.gateway.observability import GatewayMetrics
+from pedro.gateway.edge import GatewayMetrics
 from pedro.serving.metrics import merged
 from sources import prometheus, serving
 from sources.gateway import Access, GatewayClient, GatewayStatus

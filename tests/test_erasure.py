@@ -17,7 +17,7 @@ from webhook_stubs import stub_endpoint
 
 from pedro.data.dataset import SOURCE
 from pedro.errors import AuthenticationError, ConflictError, NotFoundError, UnavailableError
-from pedro.gateway.key_cache import KeyCache
+from pedro.gateway.auth import KeyCache
 from pedro.retention.erasure import erase_tenant
 from pedro.serving.resolver import AdapterCatalog
 from pedro.store import Quota, Store, schema

@@ -10,9 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 from pedro.errors import AuthenticationError, UnavailableError
-from pedro.gateway import key_cache
+from pedro.gateway import auth
 from pedro.gateway.app import GatewaySettings
-from pedro.gateway.key_cache import KeyCache, LastUsed
+from pedro.gateway.auth import KeyCache, LastUsed
 from pedro.store import Quota, Store, schema
 
 OFTEN_S = 0.02
@@ -22,7 +22,7 @@ RARELY_S = 3600.0  # the feed is not due again in the time of a test
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch):
     """A reading of the feed is waited for, however slow the machine is."""
-    monkeypatch.setattr(key_cache, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(auth, "PATIENCE_S", 60.0)
 
 
 class Counted:
@@ -170,8 +170,8 @@ def test_while_the_database_is_away_known_keys_are_good_for_a_while_and_others_c
             assert (await cache.find(secret))[0] == record
         with pytest.raises(UnavailableError):
             await cache.find(stranger)
-        monkeypatch.setattr(key_cache, "AWAY_S", 0.0)
-        monkeypatch.setattr(key_cache, "AGAIN_AFTER_S", 0.0)
+        monkeypatch.setattr(auth, "AWAY_S", 0.0)
+        monkeypatch.setattr(auth, "AGAIN_AFTER_S", 0.0)
         cache._due_at = 0.0
         with pytest.raises(UnavailableError):
             await cache.find(secret)
@@ -189,7 +189,7 @@ def test_a_database_that_is_slow_holds_up_no_request_of_a_known_key(store, monke
 
     async def go():
         await cache.find(secret)
-        monkeypatch.setattr(key_cache, "PATIENCE_S", 0.05)
+        monkeypatch.setattr(auth, "PATIENCE_S", 0.05)
         counted.go_on.clear()
         await asyncio.sleep(2 * OFTEN_S)
         for _ in range(10):
@@ -247,12 +247,12 @@ def test_what_a_process_of_an_earlier_release_changes_without_the_feed_is_seen_o
         assert (await cache.find(secret))[0] == record
         change(1.0)
         assert (await cache.find(secret))[0] == record
-        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        monkeypatch.setattr(auth, "FRESH_S", -1.0)
         await refused()
-        monkeypatch.setattr(key_cache, "FRESH_S", 60.0)
+        monkeypatch.setattr(auth, "FRESH_S", 60.0)
         change(None)
         await refused()
-        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        monkeypatch.setattr(auth, "FRESH_S", -1.0)
         assert (await cache.find(secret))[0] == record
 
     run(go())
@@ -266,7 +266,7 @@ def test_an_old_answer_is_good_while_the_database_is_away(store, monkeypatch):
 
     async def go():
         await cache.find(secret)
-        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        monkeypatch.setattr(auth, "FRESH_S", -1.0)
         counted.away = True
         assert (await cache.find(secret))[0] == record
 
@@ -275,7 +275,7 @@ def test_an_old_answer_is_good_while_the_database_is_away(store, monkeypatch):
 
 
 def test_a_flood_of_guessed_keys_is_turned_away_and_holds_up_neither_the_feed_nor_known_keys(store, monkeypatch):
-    monkeypatch.setattr(key_cache, "MAX_LOOKUPS", 8)
+    monkeypatch.setattr(auth, "MAX_LOOKUPS", 8)
     record, secret = store.create_key("acme")
     revoked, other = store.create_key("acme")
     counted = Counted(store)
@@ -303,7 +303,7 @@ def test_a_flood_of_guessed_keys_is_turned_away_and_holds_up_neither_the_feed_no
 
 
 def test_known_keys_are_renewed_whatever_number_of_guesses_waits(store, monkeypatch):
-    monkeypatch.setattr(key_cache, "MAX_LOOKUPS", 8)
+    monkeypatch.setattr(auth, "MAX_LOOKUPS", 8)
     record, secret = store.create_key("acme")
     go_on = threading.Event()
     authenticate = store.authenticate
@@ -323,7 +323,7 @@ def test_known_keys_are_renewed_whatever_number_of_guesses_waits(store, monkeypa
             await asyncio.sleep(0.01)
         with store._database.writing() as connection:  # as a process of an earlier release may, which writes no feed
             connection.execute(sa.update(schema.keys).where(schema.keys.c.id == record.id).values(revoked=1.0))
-        monkeypatch.setattr(key_cache, "FRESH_S", -1.0)
+        monkeypatch.setattr(auth, "FRESH_S", -1.0)
         with pytest.raises(UnavailableError):  # it was asked for, is no key any more, and now waits among the guesses
             await cache.find(secret)
         assert not cache._keys

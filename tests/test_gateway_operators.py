@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pedro.cli.serve import follow
 from pedro.gateway import traffic_sampler
-from pedro.gateway.observability import GatewayMetrics, SharedFileHandler, write_to
+from pedro.gateway.access_log import SharedFileHandler, write_to
+from pedro.gateway.edge import GatewayMetrics
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from gateway_backend import BACKBONE
 from gateway_server import Gateway, serve
 from store_moves import fill, stub_version
 
-from pedro.gateway import key_cache
+from pedro.gateway import auth
 from pedro.store import Actor
 
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch):
     """A reading of the feed is waited for, however slow the machine is."""
-    monkeypatch.setattr(key_cache, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(auth, "PATIENCE_S", 60.0)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from test_training_queue import Cluster, ends, queued
 from pedro import log_lines
 from pedro.config import Settings
 from pedro.errors import ConfigError
-from pedro.gateway import observability
+from pedro.gateway import access_log
 from pedro.store import Store
 from pedro.training.queue import controller, process
 
@@ -22,13 +22,13 @@ from pedro.training.queue import controller, process
 @pytest.fixture
 def json_logs(tmp_path):
     """Has this process log as a server does with PEDRO_LOG_FORMAT=json; gives what was written so far."""
-    loggers = logging.getLogger("pedro"), observability.log
+    loggers = logging.getLogger("pedro"), access_log.access
     before = [(log, log.handlers[:], log.propagate, log.level) for log in loggers]
     log_lines.use("json")
     written = io.StringIO()
     (handler,) = logging.getLogger("pedro").handlers
     handler.setStream(written)
-    observability.write_to(tmp_path / "requests.log", "json")
+    access_log.write_to(tmp_path / "requests.log", "json")
     yield lambda: [json.loads(line) for line in written.getvalue().splitlines()]
     for log, handlers, propagate, level in before:
         log.handlers[:], log.propagate = handlers, propagate

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 
 from pedro import tracing
 from pedro.config import Settings
-from pedro.gateway import observability
+from pedro.gateway import access_log
 from pedro.gateway.app import GatewaySettings
 from pedro.log_lines import trace_of_job
 from pedro.store import Store
@@ -41,9 +41,9 @@ def sent():
 
 def test_a_request_is_traced_from_the_client_to_the_steps_of_the_engine(sent, shared_replica, tmp_path, monkeypatch):
     for name in ("handlers", "propagate"):  # put back afterwards
-        monkeypatch.setattr(observability.log, name, getattr(observability.log, name))
-    monkeypatch.setattr(observability.log, "handlers", [])
-    observability.write_to(tmp_path / "requests.log", "json")
+        monkeypatch.setattr(access_log.access, name, getattr(access_log.access, name))
+    monkeypatch.setattr(access_log.access, "handlers", [])
+    access_log.write_to(tmp_path / "requests.log", "json")
     with served_engine(shared_replica, tmp_path, f"sqlite:///{tmp_path}/pedro.db") as (address, store):
         headers = {"authorization": f"Bearer {store.create_key('acme', ('infer',))[1]}", "traceparent": CLIENT}
         body = {"model": "acme.faq", "prompt": SECRET, "max_tokens": 5, "ignore_eos": True}

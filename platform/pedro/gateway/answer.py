@@ -23,9 +23,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from pedro.gateway.body_formats import BodyFormat, Choice, envelope, usage
-from pedro.gateway.edge import request_id_of
+from pedro.gateway.edge import note, request_id_of
 from pedro.gateway.errors import stream_error_body
-from pedro.gateway.observability import note
 from pedro.gateway.quotas import Ticket, prompt_estimate
 from pedro.gateway.schemas import StreamOptions
 from pedro.gateway.usage import CallMeter

@@ -34,9 +34,8 @@ from pedro.gateway import (
 from pedro.gateway.auth import Authenticator
 from pedro.gateway.batch_runner import BatchRunner
 from pedro.gateway.dry_runs import DryRuns
-from pedro.gateway.edge import Edge
+from pedro.gateway.edge import Edge, GatewayMetrics, Observed
 from pedro.gateway.errors import install_error_handlers
-from pedro.gateway.observability import GatewayMetrics, Observed
 from pedro.gateway.quotas import OpenRequests, Quotas
 from pedro.gateway.traffic_sampler import EVERY_S, TrafficSampler
 from pedro.gateway.uploads import FileThreads, OpenUploads

@@ -20,6 +20,7 @@ from pedro.errors import NotFoundError, PedroError
 from pedro.files.names import FINE_TUNE
 from pedro.gateway.auth import Principal, actor_of, counted
 from pedro.gateway.dry_runs import DryRuns
+from pedro.gateway.edge import note
 from pedro.gateway.fine_tuning import (
     MAX_SPEC,
     JobRequest,
@@ -30,7 +31,6 @@ from pedro.gateway.fine_tuning import (
     spec_of,
 )
 from pedro.gateway.input_files import check_input_file
-from pedro.gateway.observability import note
 from pedro.gateway.pages import known_parameters, page, page_limit, wrong_value
 from pedro.gateway.parsing import parse, read_body
 from pedro.gateway.schemas import MAX_METADATA

@@ -17,7 +17,7 @@ from pedro.traffic.scrape import parse_metrics
 
 if TYPE_CHECKING:
     from pedro.gateway.backend import Backend
-    from pedro.gateway.observability import GatewayMetrics
+    from pedro.gateway.edge import GatewayMetrics
 
 EVERY_S = 15.0  # as Prometheus scrapes
 FIRST_S = 1.0  # between attempts until an engine answers: increases need a first sample

@@ -143,8 +143,8 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> Any:
         from pedro import log_lines, tracing
+        from pedro.gateway.access_log import write_to
         from pedro.gateway.app import GatewaySettings, create_app
-        from pedro.gateway.observability import write_to
         from pedro.serving.backend import ServeBackend
         from pedro.serving.discovery import DISCOVERY  # here: Serve pickles this class with its globals
         from pedro.serving.router import ReplicaSet

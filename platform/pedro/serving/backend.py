@@ -31,7 +31,7 @@ from pedro.gateway.backend import (
     ModelCard,
     TokenizeResult,
 )
-from pedro.gateway.observability import of_gateway
+from pedro.gateway.edge import of_gateway
 from pedro.refs import ModelRef
 from pedro.registry import CHAMPION, PREVIOUS, Registry, Version
 from pedro.serving.canary_watch import CanaryWatch
