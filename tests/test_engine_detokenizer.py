@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pedro.backbone import load_tokenizer, resolve_backbone
 from pedro.data import encode_completion, encode_prompt
-from pedro.engine.detokenizer import REPLACEMENT, Detokenizer
-from pedro.engine.sequence import Request
+from pedro.engine.request import Request
+from pedro.engine.sequence import REPLACEMENT, Detokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
 from pedro.engine import engine as engine_module
+from pedro.engine.request import Request, SamplingParams
 from pedro.engine.schedule import LEAST_ROWS, PrefillBudget, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
+from pedro.engine.sequence import Sequence, SequenceState
 from pedro.errors import OverloadedError, RateLimitError
 
 SHORT_ROWS, SHORT_TOKENS = 4, 16

@@ -7,9 +7,10 @@ from engine_models import Letters, drain, make_adapter, make_engine, prompt, ran
 
 from pedro.engine import kv_cache
 from pedro.engine import runner as runner_module
+from pedro.engine.request import Request, SamplingParams
 from pedro.engine.schedule import SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
+from pedro.engine.sequence import Sequence, SequenceState
 from pedro.errors import ConfigError, PedroError
 
 BLOCK = 16

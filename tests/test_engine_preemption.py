@@ -16,9 +16,10 @@ from engine_models import (
     stories,
 )
 
+from pedro.engine.request import Request, SamplingParams
 from pedro.engine.schedule import SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import MIN_TURN_TOKENS, Request, SamplingParams, Sequence, SequenceState
+from pedro.engine.sequence import MIN_TURN_TOKENS, Sequence, SequenceState
 
 
 @pytest.fixture(scope="module")

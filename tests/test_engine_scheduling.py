@@ -6,9 +6,10 @@ import time
 import pytest
 from engine_models import Letters, drain, make_adapter, make_engine, prompt, random_backbone, request, run
 
+from pedro.engine.request import Request, SamplingParams
 from pedro.engine.schedule import SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Request, SamplingParams, Sequence, SequenceState
+from pedro.engine.sequence import Sequence, SequenceState
 from pedro.errors import DeadlineError, OverloadedError, PedroError, RateLimitError
 
 

@@ -11,7 +11,8 @@ from serving_adapters import tokenizer
 from serving_connections import Faulty
 from serving_ingress import answer, call, idle, ingress, run, until
 
-from pedro.engine.sequence import Output, Request
+from pedro.engine.request import Request
+from pedro.engine.sequence import Output
 from pedro.errors import (
     PedroError,
     UnavailableError,

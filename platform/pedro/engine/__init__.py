@@ -7,7 +7,9 @@ sampler chooses tokens, the engine returns the outputs. `EngineThread` runs this
 from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread
-from pedro.engine.sequence import Logprob, Output, Request, SamplingParams, Timing
+from pedro.engine.request import Request, SamplingParams
+from pedro.engine.sampler import Logprob
+from pedro.engine.sequence import Output, Timing
 
 __all__ = [
     "Engine",

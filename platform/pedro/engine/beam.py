@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pedro.engine.detokenizer import Detokenizer
-from pedro.engine.sampler import SampleRow, penalised
-from pedro.engine.sequence import NOTHING, Logprob, Output, Request, Sequence
+from pedro.engine.sampler import Logprob, SampleRow, penalised
+from pedro.engine.sequence import NOTHING, Detokenizer, Output, Sequence
 
 if TYPE_CHECKING:
+    from pedro.engine.request import Request
     from pedro.model_protocols import TokenDecoder
 
 NEVER = -1.0e9  # score of candidates that must not be chosen

@@ -20,11 +20,12 @@ from pedro.engine.adapter_pool import AdapterPool
 from pedro.engine.beam import BeamSequence
 from pedro.engine.kv_budget import fits
 from pedro.engine.prefix_cache import PrefixCache
-from pedro.engine.request_processor import RequestProcessor
+from pedro.engine.request import Request, RequestProcessor
 from pedro.engine.runner import Runner
+from pedro.engine.sampler import Logprob
 from pedro.engine.schedule import LONE_TOKENS, SHED, PrefillBudget, PrefillChunk, PrefillGroup, SchedulerLimits
 from pedro.engine.scheduler import Scheduler
-from pedro.engine.sequence import Logprob, Output, Request, Sequence, SequenceState
+from pedro.engine.sequence import Output, Sequence, SequenceState
 from pedro.engine.speculation import NO_DRAFTS, Speculator
 from pedro.engine.steps import first_tokens, late, next_tokens, output_of, prefill_row, settle
 from pedro.errors import PedroError, RateLimitError, UnavailableError

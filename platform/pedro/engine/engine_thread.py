@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pedro.engine.sequence import Output, Request
+from pedro.engine.sequence import Output
 from pedro.errors import PedroError, UnavailableError
 
 if TYPE_CHECKING:
     from pedro.engine.engine import Engine
+    from pedro.engine.request import Request
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5  # wakes up anyway, in case a deadline moved or a notification was missed

@@ -28,8 +28,9 @@ from pedro.engine.prefix_entries import PrefixEntries, PrefixEntry
 if TYPE_CHECKING:
     from pedro.adapter_kinds import Adapter
     from pedro.engine.modulation import SlotRows
+    from pedro.engine.request import Request
     from pedro.engine.runner import Runner
-    from pedro.engine.sequence import Request, Sequence
+    from pedro.engine.sequence import Sequence
     from pedro.engine.steps import NewToken
 
 OVERHEAD = 2048  # bytes per block beside its keys and values: its tokens and its entry

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from pedro.adapter_kinds import Adapter
     from pedro.engine.model_executor import Logits, ModelExecutor
-    from pedro.engine.sequence import Logprob
+    from pedro.engine.sampler import Logprob
 
 KERNELS = ("auto", "native", "torch")
 HEAD_CHUNK = 256  # prompt positions whose logits are in memory together

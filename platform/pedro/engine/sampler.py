@@ -11,11 +11,14 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from pedro.engine.sequence import Logprob, SamplingParams
 from pedro.engine.token_mask import allowed
+
+if TYPE_CHECKING:
+    from pedro.engine.request import SamplingParams
 
 LEAST_TEMPERATURE = 1e-6  # smaller ones would divide by zero in float32
 LEAST_TOP_P = 1e-6  # smaller ones round to zero in float32, which would drop every token
@@ -33,6 +36,15 @@ class SampleRow:
     output_ids: list[int]
     barred: frozenset[int] = frozenset()  # tokens that cannot be chosen
     mask: torch.Tensor | None = None  # allowed tokens, as bits (`TokenMask.bits`)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token, its log-probability, and the likeliest tokens at its position with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,25 @@
-"""A request, its sequences and their outputs.
+"""One answer to a request, as it is generated: its state, its tokens, its text and its outputs.
 
 Every change of a sequence's state goes through `Sequence.to`, which holds the whole state machine:
 waiting → prefilling → running → finished; finished from any state, and back to waiting when preempted.
+
+Text is emitted only when it is final (`Detokenizer`): never an incomplete UTF-8 character, and never the possible
+beginning of a stop text. Stop texts are found across token boundaries.
 """
 
 from __future__ import annotations
 
 import enum
-import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pedro.engine.detokenizer import Detokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
 from pedro.errors import PedroError
 
 if TYPE_CHECKING:
@@ -23,151 +27,18 @@ if TYPE_CHECKING:
 
     from pedro.engine.modulation import PreemptedState
     from pedro.engine.prefix_cache import Prefix, Reuse
+    from pedro.engine.request import Request
+    from pedro.engine.sampler import Logprob
     from pedro.engine.speculation import DraftHistory
     from pedro.engine.token_mask import TokenMask
     from pedro.model_protocols import TokenDecoder
 
-MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_BEAMS = 64
-POOLINGS = ("last", "mean")
 NOTHING: frozenset[int] = frozenset()
 MIN_TURN_TOKENS = 16  # that a sequence generates before it may be preempted (again)
-
-
-def _require(good: bool, name: str, expected: str, value: object) -> None:
-    if not good:
-        raise PedroError(f"{name}: expected {expected}, got {value!r}", param=name)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are sampled and when to stop. Raises PedroError naming the field that is out of range.
-
-    Temperature 0 is greedy. `max_tokens=None` means as many as the context allows. Log-probabilities are the model's
-    own, before penalties and temperature. With `num_beams` above 1 the answers come from beam search, with
-    transformers' meaning of `length_penalty` and `early_stopping`, and are returned when all are done. With `pooling`
-    only the prompt's embedding is computed: its last hidden state, of the last token or the mean over all.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0  # 0 keeps every token
-    top_p: float = 1.0
-    min_p: float = 0.0  # share of the likeliest token's probability
-    repetition_penalty: float = 1.0  # over prompt and answer
-    presence_penalty: float = 0.0  # over the answer
-    frequency_penalty: float = 0.0  # over the answer
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0  # until then stop tokens cannot be sampled, and stop texts are ignored
-    logprobs: int | None = None  # how many alternatives besides the sampled token
-    prompt_logprobs: int | None = None
-    pooling: str | None = None  # "last" or "mean"
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        nothing = self.prompt_logprobs is not None or self.pooling is not None
-        least = 0 if nothing and self.num_beams == 1 else 1
-        _require(self.max_tokens is None or self.max_tokens >= least, "max_tokens", f"≥ {least}", self.max_tokens)
-        most, range_ = (math.inf, "≥ 0") if self.max_tokens is None else (self.max_tokens, f"0 to {self.max_tokens}")
-        _require(0 <= self.min_tokens <= most, "min_tokens", f"{range_} (max_tokens)", self.min_tokens)
-        _require(0 <= self.temperature <= 100, "temperature", "0 to 100", self.temperature)
-        _require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)", self.top_k)
-        _require(0 < self.top_p <= 1, "top_p", "above 0, up to 1", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
-        _require(0.01 <= self.repetition_penalty <= 10, "repetition_penalty", "0.01 to 10", self.repetition_penalty)
-        _require(abs(self.presence_penalty) <= 2, "presence_penalty", "-2 to 2", self.presence_penalty)
-        _require(abs(self.frequency_penalty) <= 2, "frequency_penalty", "-2 to 2", self.frequency_penalty)
-        _require(len(self.stop) <= MAX_STOPS and all(self.stop), "stop", f"≤ {MAX_STOPS} non-empty texts", self.stop)
-        biases = all(math.isfinite(bias) and abs(bias) <= 100 for bias in self.logit_bias.values())
-        _require(biases, "logit_bias", "values from -100 to 100", dict(self.logit_bias))
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}", value)
-        _require(self.pooling in (None, *POOLINGS), "pooling", " or ".join(POOLINGS), self.pooling)
-        _require(not self.pooling or self.max_tokens == 0, "max_tokens", "0 with pooling", self.max_tokens)
-        _require(1 <= self.num_beams <= MAX_BEAMS, "num_beams", f"1 to {MAX_BEAMS}", self.num_beams)
-        _require(abs(self.length_penalty) <= 10, "length_penalty", "-10 to 10", self.length_penalty)
-        if self.num_beams > 1:
-            _require(self.temperature == 0, "temperature", "0 where num_beams is above 1", self.temperature)
-            _require(self.logprobs is None, "logprobs", "none where num_beams is above 1", self.logprobs)
-            both = self.min_tokens and self.stop
-            _require(not both, "min_tokens", "0 where num_beams is above 1 and stop is given", self.min_tokens)
-
-    @cached_property
-    def penalised(self) -> bool:
-        """Whether scores differ from the model's own."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether each token is the model's likeliest and the logits are not needed otherwise."""
-        return self.temperature == 0 and self.logprobs is None and not self.penalised
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call: a prompt, an adapter and how to sample. `n` answers are sampled independently, indexed 0 to n-1; with
-    beams they are the best n of `num_beams`, best first.
-
-    `adapter` is the ref passed to the engine's `load` (None: the bare backbone); it must name one immutable version.
-    `conditioning_length` is how many leading prompt tokens condition the vectors (None: the whole prompt).
-    `apart` decodes an answer on its own, as chat answers are trained; else its text continues the prompt's, with the
-    space that some tokenizers put in between. `resumed_ids` are answer tokens generated before a failover: they do not
-    condition the vectors, are not sent again, and sampling continues at the position after them. `deadline_s` counts
-    from arrival. `new_mask` creates the mask of one answer's tokens; with a mask, nothing else may decide what ends an
-    answer early: neither `min_tokens`, `ignore_eos` nor beams.
-    """
-
-    id: str
-    prompt_ids: list[int]
-    tenant: str = ""
-    adapter: str | None = None
-    params: SamplingParams = field(default_factory=SamplingParams)
-    conditioning_length: int | None = None
-    apart: bool = False
-    deadline_s: float | None = None
-    n: int = 1
-    resumed_ids: tuple[int, ...] = ()
-    new_mask: Callable[[], TokenMask] | None = None
-    cache_salt: str = ""  # prompts share a cached prefix only if their salts are equal
-
-    def __post_init__(self) -> None:
-        _require(len(self.prompt_ids) > 0, "prompt", "at least one token", self.prompt_ids)
-        length, prompt = self.conditioning_length, len(self.prompt_ids)
-        _require(length is None or 1 <= length <= prompt, "conditioning_length", f"1 to {prompt} (the prompt)", length)
-        _require(self.deadline_s is None or self.deadline_s > 0, "deadline_s", "above 0", self.deadline_s)
-        _require(1 <= self.n <= 128, "n", "1 to 128", self.n)
-        _require(self.n == 1 or not self.resumed_ids, "n", "1 where an answer is resumed", self.n)
-        beams = self.params.num_beams
-        _require(beams == 1 or self.n <= beams, "n", f"up to num_beams = {beams}", self.n)
-        _require(beams == 1 or not self.resumed_ids, "num_beams", "1 where an answer is resumed", beams)
-        if self.new_mask is not None:
-            for name, rest in (("num_beams", 1), ("min_tokens", 0), ("ignore_eos", False)):
-                value = getattr(self.params, name)
-                _require(value == rest, name, f"{rest} where tokens are masked", value)
-
-    @property
-    def text_before(self) -> list[int]:
-        """The tokens after which the answer's text is decoded."""
-        return [] if self.apart else self.prompt_ids
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """A token, its log-probability, and the likeliest tokens at its position with theirs, best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+REPLACEMENT = "\ufffd"
+CONTEXT_TOKENS = 6  # enough context for a tokenizer to place spaces
+MAX_HELD_TOKENS = 8  # more than any character has: held tokens beyond this cannot begin one
+UNFINISHED_TOKENS = 3  # a UTF-8 character has at most four bytes, a token at least one
 
 
 @dataclass(frozen=True)
@@ -397,3 +268,124 @@ class Sequence:
             timing=Timing(began - self.arrived, first - self.arrived, now - self.arrived),
             **fields,
         )
+
+
+class Detokenizer:
+    """The text of one answer, incrementally; decoded after the tail of the prompt, so that spaces come out right.
+
+    Without a prompt the answer is decoded on its own, as it was if it was tokenised apart from its prompt. Stop texts
+    are heeded after `min_tokens` tokens: they must end in a later token's text, but may begin earlier.
+    """
+
+    __slots__ = ("_context", "_decode", "_held", "_new_stream", "_passed", "_pending", "_step", "_stop", "_unstoppable")
+
+    def __init__(
+        self, tokenizer: TokenDecoder, prompt_ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0
+    ) -> None:
+        self._decode, self._new_stream = _decoding(tokenizer)
+        self._context, self._pending = self._whole_characters(list(prompt_ids[-CONTEXT_TOKENS:]))
+        self._stop = stop
+        self._held = ""  # decoded, but perhaps the beginning of a stop text
+        self._passed = 0  # of these, characters of the first `min_tokens`: no stop text ends there
+        self._unstoppable = min_tokens  # tokens left until stop texts count
+        self._step = self._new_stream(self._context)
+        for token_id in self._pending:
+            self._step(token_id)
+
+    def add(self, token_id: int) -> tuple[str, bool]:
+        """Add a token. Returns the text that became final and whether a stop text was reached (which is cut off)."""
+        text = self._take(token_id)
+        if not self._stop:
+            return text, False
+        stoppable = self._unstoppable <= 0
+        self._unstoppable -= 1
+        return self._release(text, stoppable)
+
+    def flush(self) -> str:
+        """The text still held back, when no more tokens follow."""
+        rest, self._pending = self._text_of(self._pending), []
+        text, _ = self._release(rest, self._unstoppable < 0) if self._stop else (rest, False)
+        text, self._held = text + self._held, ""
+        return text
+
+    def _take(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._step(token_id)
+        except Exception:  # noqa: BLE001 - raises a bare Exception, when a token changes the text of earlier ones
+            text = self._text_of(self._pending)
+            self._step = self._new_stream(self._pending)
+        if text is not None:
+            self._context, self._pending = self._pending, []
+            return text
+        return "" if len(self._pending) < MAX_HELD_TOKENS else self._give_up_waiting()
+
+    def _give_up_waiting(self) -> str:
+        """The text of the pending tokens, without the last ones if they may still become a character."""
+        sure, unfinished = self._pending[:-UNFINISHED_TOKENS], self._pending[-UNFINISHED_TOKENS:]
+        text, self._pending = self._text_of(sure), []
+        self._step = self._new_stream(self._context)
+        return text + "".join(map(self._take, unfinished))
+
+    def _text_of(self, ids: list[int]) -> str:
+        """The text that `ids` add after the context."""
+        return self._decode([*self._context, *ids])[len(self._decode(self._context)) :] if ids else ""
+
+    def _whole_characters(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """`ids` without the last ones if these leave a character unfinished."""
+        for cut in range(len(ids), max(-1, len(ids) - UNFINISHED_TOKENS - 1), -1):
+            if not self._decode(ids[:cut]).endswith(REPLACEMENT):
+                return ids[:cut], ids[cut:]
+        return [], []
+
+    def _release(self, text: str, stoppable: bool) -> tuple[str, bool]:
+        text = self._held + text
+        passed = self._passed if stoppable else len(text)
+        hits = [at for at in (text.find(stop, max(0, passed - len(stop) + 1)) for stop in self._stop) if at >= 0]
+        if hits and stoppable:
+            self._held = ""
+            return text[: min(hits)], True
+        keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held, self._passed = text[len(text) - keep :], max(0, passed - (len(text) - keep))
+        return text[: len(text) - keep], False
+
+
+class _PlainStream:
+    """A replacement for DecodeStream, for tokenizers without a Rust backend."""
+
+    def __init__(self, decode: Callable[[list[int]], str], ids: list[int]) -> None:
+        self._decode = decode
+        self._ids = list(ids)
+        self._read = len(ids)  # tokens up to here are context, already emitted
+
+    def step(self, token_id: int) -> str | None:
+        """The text completed by `token_id`, or None."""
+        self._ids.append(token_id)
+        before, after = self._decode(self._ids[: self._read]), self._decode(self._ids)
+        if len(after) <= len(before) or after.endswith(REPLACEMENT):
+            return None
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return after[len(before) :]
+
+
+def _decoding(
+    tokenizer: TokenDecoder,
+) -> tuple[Callable[[list[int]], str], Callable[[list[int]], Callable[[int], str | None]]]:
+    """How to decode tokens at once, and how to begin a stream after given tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if isinstance(backend, Tokenizer):
+        return (
+            partial(backend.decode, skip_special_tokens=True),
+            lambda ids: partial(DecodeStream(ids=ids, skip_special_tokens=True).step, backend),
+        )
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return decode, lambda ids: _PlainStream(decode, ids).step
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pedro.engine.beam import BeamSequence
 from pedro.engine.modulation import PreemptedState
 from pedro.engine.runner import DecodeRow, PrefillRow, Runner
-from pedro.engine.sampler import SampleRow, greedy, sample
-from pedro.engine.sequence import Logprob, Output, Sequence, SequenceState
+from pedro.engine.sampler import Logprob, SampleRow, greedy, sample
+from pedro.engine.sequence import Output, Sequence, SequenceState
 from pedro.engine.token_mask import likeliest
 from pedro.errors import DeadlineError
 

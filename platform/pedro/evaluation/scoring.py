@@ -145,7 +145,7 @@ def _decoding(model: nn.Module, tokenizer: Tokenizer, max_new_tokens: int, num_b
     from peft import PeftModel
     from transformers import GenerationConfig
 
-    from pedro.engine.request_processor import eos_ids
+    from pedro.engine.request import eos_ids
 
     inner: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     holders = [vars(each) for each in (model, inner) if "generation_config" in vars(each)]

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pedro.engine.sequence import Logprob, Output, Request
+from pedro.engine.sampler import Logprob
 from pedro.errors import PedroError, UnavailableError
 from pedro.gateway.backend import Alternative, Delta, GenerateCall, TokenLogprob
 from pedro.serving.protocol import (
@@ -31,6 +31,8 @@ from pedro.serving.protocol import (
 )
 
 if TYPE_CHECKING:
+    from pedro.engine.request import Request
+    from pedro.engine.sequence import Output
     from pedro.model_protocols import Tokenizer
     from pedro.serving.tokens import TokenTexts
 

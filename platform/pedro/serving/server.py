@@ -21,8 +21,7 @@ from pedro.engine.config import EngineConfig
 from pedro.engine.engine import Engine
 from pedro.engine.engine_thread import EngineThread, OnLost, ignore
 from pedro.engine.kernel_threads import granted_cores
-from pedro.engine.request_processor import eos_ids
-from pedro.engine.sequence import Output, Request, SamplingParams
+from pedro.engine.request import Request, SamplingParams, eos_ids
 from pedro.errors import AdapterError, NotFoundError, PedroError, UnavailableError
 from pedro.gateway.backend import AdapterResidence, GenerateCall, TokenizeResult
 from pedro.process import configure_serving_process, parse_memory, set_torch_threads
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from pedro.backbone import Backbone
     from pedro.config import Settings
     from pedro.engine.adapter_state import ResidentAdapter
+    from pedro.engine.sequence import Output
     from pedro.engine.tensor_parallel import TensorParallel
     from pedro.serving.config import ServeConfig
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pedro.engine.kv_budget import KVBudget
     from pedro.engine.model_executor import Logits
     from pedro.engine.modulation import PreemptedState, SlotRows
-    from pedro.engine.sequence import Logprob
+    from pedro.engine.sampler import Logprob
     from pedro.engine.tensor_parallel.collectives import Group
     from pedro.engine.tensor_parallel.peers import Peers
     from pedro.methods.architectures import Architecture
