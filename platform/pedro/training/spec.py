@@ -1,7 +1,6 @@
 """The spec of a fine-tuning job: the YAML of `pedro submit`, validated and immutable.
 
-Unknown keys are refused, and all mistakes are reported together (`pedro.spec_reader.load_spec`). Each method validates
-its own options when the job is resolved.
+Unknown keys are refused, and all mistakes reported together. Each method checks its options when a job is resolved.
 """
 
 from __future__ import annotations
