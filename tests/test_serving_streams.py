@@ -266,7 +266,7 @@ def test_a_lost_replicas_calls_go_on_at_another(served):
                 async for delta in deltas:
                     received.append(delta)
                     if len(received) == 2:
-                        (busy,) = [name for name, client in at.replicas._clients.items() if client.load]
+                        (busy,) = [name for name, client in at.replicas._clients.items() if client._inboxes]
                         at.connections[busy].lost.set()
             return whole, received, busy, {name: connection.submits for name, connection in at.connections.items()}
 
