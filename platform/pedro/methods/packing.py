@@ -163,7 +163,7 @@ class Packing:
     def pad(self, packed: torch.Tensor) -> torch.Tensor:
         """[1, N, …] -> [B, T, …], zeros for padding."""
         function: Any = _Padded
-        padded: torch.Tensor = function.apply(packed[0], self)
+        padded: torch.Tensor = function.apply(packed.squeeze(0), self)  # a view; back from [0] would be a copy
         return padded
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:

@@ -259,7 +259,7 @@ def pool(
     if how == "last":
         position = (prompt * torch.arange(prompt.shape[1], device=prompt.device)).argmax(dim=1)  # [B]
         if packing is not None:
-            hidden = hidden[0].index_select(0, packing.at(position))[:, None]  # [B, 1, D]
+            hidden = hidden.squeeze(0).index_select(0, packing.at(position))[:, None]  # [B, 1, D]
         else:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), position, None]
         return (hidden if norm is None else norm(hidden))[:, 0]

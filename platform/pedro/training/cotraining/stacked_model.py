@@ -90,7 +90,7 @@ class RowsOfJobs:
     def scaled(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """x [B, T, W], or [1, N, W], times each row's or token's of the vectors [S, W]."""
         if self.packed:
-            return each_job.scale(x[0], self.tokens, vectors)[None]
+            return each_job.scale(x.squeeze(0), self.tokens, vectors)[None]
         return x * self.each(vectors)
 
 
