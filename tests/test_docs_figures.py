@@ -226,11 +226,13 @@ def test_what_failures_cost_is_what_the_benchmarks_measured():
     (missing,) = [one for one in outage["targets"] if "ledger" in one["name"]]
     said.append(f"of {outage['tokens_in_ledger']:,} tokens {missing['value']} were missing from the ledger")
     *rounds, waiting = json.loads((RESULTS / "queue.json").read_text())["rows"]
-    undisturbed, killed, paused = rounds
+    undisturbed, killed, paused, drawn = rounds
     for row in (killed, paused):
         assert row["once"] == row["succeeded"]
         said.append(f"{row['succeeded']} of {row['jobs']} succeeded once, {row['as_undisturbed']} with the adapter")
         said.append(f"{row['seconds']:.0f} s in place of {undisturbed['seconds']:.0f} s")
+    said.append(f"{drawn['once']} of {drawn['jobs']} succeeded once, {drawn['as_undisturbed']} with the adapter")
+    said.append(f"after {drawn['starts']} starts; {drawn['fell_back']} of them fell back")
     said.append(f"{waiting['jobs']} jobs that wait take {waiting['more_mb']:.0f} MB and {waiting['more_processes']}")
     assert [words for words in said if words not in page] == []
 
