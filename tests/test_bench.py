@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from jobs.benchmarks import contention, dry_run, fairness, http_costs, peers, task_score
+from jobs.benchmarks import contention, dry_run, fairness, http_costs, peers, prefill_stall, task_score
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
@@ -171,6 +171,18 @@ def test_answers_held_to_a_schema_are_measured_beside_free_ones_of_equal_length(
     free, held = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (free["case"], held["case"]) == ("free", "schema")
     assert held["ratio"] == pytest.approx(held["decode_tok_s"] / free["decode_tok_s"], rel=0.01)
+
+
+def test_longer_stalls_are_measured_beside_shorter_ones(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    words = ["stall", "--quick", "--models", "tiny", "--threads", "1"]
+    assert main(BENCHMARKS, tmp_path / "results", words) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["prefill_stall"] for row in rows] == list(prefill_stall.STALLS)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["tok_s"] / row["static_tok_s"], rel=0.01)
+        assert row["stream_p99_ms"] >= row["stream_ms"] > 0
+        assert row["long_ttft_ms"] > 0
 
 
 def test_answers_with_drafts_are_measured_beside_the_same_ones_without(tmp_path, monkeypatch, capsys):
@@ -337,7 +349,7 @@ def test_what_a_request_takes_is_split_into_what_is_fixed_and_what_its_tokens_ad
 
 
 def test_the_gateways_own_code_is_measured_without_a_server(tmp_path):
-    own = own_code(tmp_path, requests=32, events=9)
+    own = own_code(tmp_path, requests=32, events=33)
     assert own.keys() == {"fixed_us", "event_us"}
     assert own["event_us"] > 0
 

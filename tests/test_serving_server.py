@@ -649,9 +649,11 @@ def test_a_request_id_in_use_is_refused_and_the_first_request_goes_on(served):
     assert len(choice.token_ids) == 400
 
 
-def test_an_operators_shares_reach_the_engine_and_nonsense_is_refused(served, tmp_path):
-    weighted = ReplicaServer(ServeConfig(max_batch=1, tenant_weights={"acme": 2.0}), settings_at(tmp_path / "home"))
+def test_an_operators_shares_and_pace_reach_the_engine_and_nonsense_is_refused(served, tmp_path):
+    config = ServeConfig(max_batch=1, tenant_weights={"acme": 2.0}, prefill_stall=3)
+    weighted = ReplicaServer(config, settings_at(tmp_path / "home"))
     assert weighted._engine.config.tenant_weights == {"acme": 2.0}
+    assert weighted._engine.config.prefill_stall == 3
     weighted.close()
     with pytest.raises(PedroError, match=r"tenant_weights\.acme"):
         ReplicaServer(ServeConfig(max_batch=1, tenant_weights={"acme": 0.0}), settings_at(tmp_path / "home"))

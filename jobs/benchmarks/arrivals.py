@@ -59,8 +59,8 @@ def run(options: Options, log: Log) -> BenchmarkReport:
 
 
 def _arrival_pair(engine: BenchEngine, refs: list[str], requests: int, seed: int) -> tuple[Figures, Figures]:
-    static = _static(engine, refs, requests, seed)
-    return static, _poisson(engine, refs, requests, static["tok_s"] / NEW_TOKENS, seed)
+    at_once = static(engine, refs, requests, seed)
+    return at_once, poisson(engine, refs, requests, at_once["tok_s"] / NEW_TOKENS, seed)
 
 
 def _prefill_pair(engine: BenchEngine, refs: list[str], batch: int, seed: int) -> tuple[Figures, Figures]:
@@ -110,12 +110,12 @@ def _add(
     report.targets.append(Target(f"{size.name}: {other} / {base}: {what}", limit, ratio, at_most=not speed))
 
 
-def _static(engine: BenchEngine, refs: list[str], requests: int, seed: int) -> Figures:
+def static(engine: BenchEngine, refs: list[str], requests: int, seed: int) -> Figures:
     chosen = [refs[i % len(refs)] for i in range(requests)]
     return engine.answer(prompts(engine.size, requests, PROMPT_TOKENS, seed), chosen, NEW_TOKENS).figures()
 
 
-def _poisson(engine: BenchEngine, refs: list[str], requests: int, served_per_s: float, seed: int) -> Figures:
+def poisson(engine: BenchEngine, refs: list[str], requests: int, served_per_s: float, seed: int) -> Figures:
     """Requests one by one, with exponential times between them; the first at once."""
     rng = random.Random(seed)  # noqa: S311
     coming, at = [], 0.0
@@ -135,7 +135,7 @@ def _poisson(engine: BenchEngine, refs: list[str], requests: int, served_per_s: 
 
     engine.drain(timeline, arrive)
     waits = [timeline.moments[name][0] - due for name, due in came.items()]
-    return {**timeline.figures(), "ttft_ms": median(waits) * 1000}
+    return {**timeline.figures(), **timeline.tails(), "ttft_ms": median(waits) * 1000}
 
 
 def _prefill(engine: BenchEngine, refs: list[str], rows: int, seed: int) -> Figures:

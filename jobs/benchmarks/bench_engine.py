@@ -69,22 +69,32 @@ class BenchEngine:
         conditioning_length: int | None = None,
         **params: Any,
     ) -> Request:
-        """A request of exactly `new` tokens; the tenant is the adapter unless named."""
+        """A request of exactly `new` tokens, of a tenant of its own unless named: a tenant with more than its share of
+        an engine that others used a moment ago is held back, which is not what is measured here."""
         sampling = SamplingParams(max_tokens=new, ignore_eos=True, **params)
+        name = str(next(self._names))
         return Request(
-            str(next(self._names)),
+            name,
             prompt,
-            tenant=tenant or ref or "",
+            tenant=tenant or name,
             adapter=ref,
             params=sampling,
             n=n,
             conditioning_length=conditioning_length,
         )
 
-    def answer(self, asked: list[list[int]], refs: Sequence[str | None], new: int, beams: int = 1) -> Timeline:
-        """All prompts at once, to their ends."""
+    def answer(
+        self,
+        asked: list[list[int]],
+        refs: Sequence[str | None],
+        new: int,
+        beams: int = 1,
+        tenants: Sequence[str] | None = None,
+    ) -> Timeline:
+        """All prompts at once, to their ends; `tenants` are the requests', by row."""
         extra: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
-        requests = [self.request(ids, ref, new, **extra) for ids, ref in zip(asked, refs, strict=True)]
+        rows = zip(asked, refs, tenants or [None] * len(asked), strict=True)
+        requests = [self.request(ids, ref, new, tenant, **extra) for ids, ref, tenant in rows]
         timeline = Timeline()
         for request in requests:
             self.engine.add(request)

@@ -43,6 +43,12 @@ BENCHMARKS = {
         "a 2 k-token prompt among decodes (target 5)",
         *("case", "model", "batch", "tokens", "median_ms", "p99_ms", "longest_ms", "ratio", "ttft_ms"),
     ),
+    "stall": _entry(
+        "prefill_stall",
+        "what --prefill-stall trades: throughput under Poisson arrivals, and streams beside a 2 k-token prompt",
+        *("model", "batch", "prefill_stall", "static_tok_s", "tok_s", "ratio", "ratio_interval", "ttft_ms", "token_ms"),
+        *("token_p99_ms", "stream_ms", "stream_p99_ms", "stream_ratio", "stream_ratio_interval", "long_ttft_ms"),
+    ),
     "context": _entry(
         "context",
         "time to the first token by the prompt's length: PEDRO's poolers, LoRA, no adapter",

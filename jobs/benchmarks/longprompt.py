@@ -40,7 +40,9 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         seen: dict[str, list[dict[str, float]]] = {"alone": [], "long prompt": []}
         for number in range(rounds + 1):
             for case in seen:
-                figures = _stream(engine, refs, LONG if case == "long prompt" else 0, new if number else 8, number)
+                figures = stream_beside(
+                    engine, refs, LONG if case == "long prompt" else 0, new if number else 8, number
+                )
                 if number:
                     seen[case].append(figures)
                     log(f"  {name} {case}: " + ", ".join(f"{key} {value:.1f}" for key, value in figures.items()))
@@ -57,7 +59,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
     return report
 
 
-def _stream(engine: BenchEngine, refs: list[str], long: int, new: int, seed: int) -> dict[str, float]:
+def stream_beside(engine: BenchEngine, refs: list[str], long: int, new: int, seed: int) -> dict[str, float]:
     """The gaps of the streams, and the long prompt's own time to its first token."""
     *stream_refs, long_ref = refs
     asked = prompts(engine.size, len(stream_refs), PROMPT_TOKENS, seed)

@@ -101,7 +101,7 @@ def _throughput(
         engine.load(directories[: case.tenants])
     before = engine.engine.adapters.stats()["loads"]
     refs = case.refs(directories, requests, seed)
-    timeline = engine.answer(prompts(engine.size, requests, PROMPT_TOKENS, seed), refs, NEW_TOKENS)
+    timeline = engine.answer(prompts(engine.size, requests, PROMPT_TOKENS, seed), refs, NEW_TOKENS, tenants=refs)
     loads = engine.engine.adapters.stats()["loads"] - before
     return {**timeline.figures(), "hit_share": 1 - loads / requests}
 

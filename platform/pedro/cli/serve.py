@@ -40,6 +40,10 @@ def serve(
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_batch: Annotated[int, typer.Option(help="Most sequences decoded together.")] = 32,
+    prefill_stall: Annotated[
+        float,
+        typer.Option(help="Time a step may spend on others' prompts, in decode steps: less for even streams."),
+    ] = 1.25,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     kv_memory: Annotated[
         str | None,
@@ -96,6 +100,7 @@ def serve(
         "device": device,
         "num_gpus": tensor_parallel_size if device.startswith("cuda") else 0,
         "max_batch": max_batch,
+        "prefill_stall": prefill_stall,
         "max_length": max_length,
         "kv_memory": kv_memory,
         "adapter_budget_mb": adapter_budget_mb,

@@ -44,6 +44,9 @@ class ServeConfig(Frozen):
     uses fewer while other processes compete for them."""
     max_batch: int = Field(32, ge=1)
     """Maximum number of sequences decoded together."""
+    prefill_stall: float = Field(1.25, gt=0)
+    """How long a step may read prompts while others decode, in decode steps. Less keeps the time per token even beside
+    long prompts; more serves more tokens per second where requests keep coming."""
     speculate: Literal["off", "ngram"] = "off"
     """ngram: on a CPU, an answer's next tokens are looked up in its prompt and in itself, and several are verified per
     step. Answers do not change; those that quote their prompt are faster. It pauses where it does not pay off."""

@@ -110,6 +110,7 @@ class ReplicaServer:
             self._tokenizer,
             EngineConfig(
                 max_batch=config.max_batch,
+                prefill_stall=config.prefill_stall,
                 max_length=config.max_length,
                 adapter_bytes=int(config.adapter_budget_mb * 2**20),
                 kv_memory=None if config.kv_memory is None else parse_memory(str(config.kv_memory)),
