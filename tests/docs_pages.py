@@ -65,7 +65,7 @@ def slug(heading: str) -> str:
 def table(page: Path, after: str = "") -> list[list[str]]:
     """The cells of the first table that follows the text `after`, without its head."""
     text = prose(page)
-    lines = text[text.index(after) :].splitlines()
+    lines = [line.strip() for line in text[text.index(after) :].splitlines()]
     start = next(i for i, line in enumerate(lines) if re.fullmatch(r"\|[ :|-]+\|", line))
     rows = []
     for line in lines[start + 1 :]:

@@ -65,6 +65,18 @@ def test_the_table_of_speeds_is_what_the_benchmark_measured():
         assert plain(row)[1:] == [f"{decoding:,.0f} ({whole:,.0f})" for decoding, whole in cells]
 
 
+def test_what_an_operator_is_told_of_prefill_stall_is_what_was_measured():
+    wanted = []
+    for row in json.loads((RESULTS / "stall.json").read_text())["rows"]:
+        low, high = row["ratio_interval"]
+        cells = [f"{row['prefill_stall']:g}", f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
+        cells += [
+            f"{row[a]:.1f}, {row[b]:.1f}" for a, b in (("token_ms", "token_p99_ms"), ("stream_ms", "stream_p99_ms"))
+        ]
+        wanted.append([*cells, f"{row['long_ttft_ms']:.0f}"])
+    assert [plain(row) for row in table(ROOT / "docs" / "operations.md", "| `--prefill-stall` |")] == wanted
+
+
 def test_the_memory_of_sharded_training_is_what_was_measured():
     measured = json.loads((RESULTS / "sharding.json").read_text())["rows"]
     for cells, row in zip(table(PAGE, "## Sharded training"), measured, strict=True):

@@ -1,6 +1,7 @@
 """One engine replica in this process: adapters saved, registered and served for real, beside PEFT."""
 
 import asyncio
+import gc
 import itertools
 import json
 import shutil
@@ -26,7 +27,7 @@ from pedro.gateway.routes_inference import chat_call, completion_calls
 from pedro.gateway.schemas import ChatRequest, CompletionRequest
 from pedro.refs import ModelRef
 from pedro.registry import Registry
-from pedro.serving import prompts
+from pedro.serving import app, prompts
 from pedro.serving.client import ReplicaClient
 from pedro.serving.config import ServeConfig
 from pedro.serving.prompts import TemplateRenderer
@@ -657,6 +658,18 @@ def test_an_operators_shares_and_pace_reach_the_engine_and_nonsense_is_refused(s
     weighted.close()
     with pytest.raises(PedroError, match=r"tenant_weights\.acme"):
         ReplicaServer(ServeConfig(max_batch=1, tenant_weights={"acme": 0.0}), settings_at(tmp_path / "home"))
+
+
+def test_a_replicas_heap_is_spared_by_the_garbage_collector(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(app.serve, "get_replica_context", lambda: SimpleNamespace(replica_tag="r0"))
+    monkeypatch.setattr(app, "_replicas_here", lambda config: 1)
+    before = gc.get_freeze_count()
+    replica = app.EngineReplica.func_or_class({"max_batch": 1}, settings_at(tmp_path / "home"))
+    try:
+        assert gc.get_freeze_count() > before + 50_000
+    finally:
+        gc.unfreeze()
+        replica._server.close()
 
 
 def test_a_full_queue_is_a_503_that_says_when_to_come_back(served, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from jobs.benchmarks.model_sizes import ModelSize, make_model
 from jobs.benchmarks.timeline import Timeline
 from pedro.engine import Engine, EngineConfig, Output, Request, SamplingParams
-from pedro.process import set_torch_threads
+from pedro.process import configure_serving_process, set_torch_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class SilentTokenizer:
 class BenchEngine:
     """An Engine on a random model of `size`; adapter refs are directories. `options` are those of EngineConfig.
 
-    PyTorch is left with the threads that a replica of the server leaves it.
+    The process is configured as a replica of the server configures its own, PyTorch's threads among the rest.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class BenchEngine:
         made = model if model is not None else make_model(size, device, dtype)
         self.size = size
         self.engine = Engine(made, tokenizer or SilentTokenizer(), EngineConfig(**options), Path, digest or size.digest)
+        configure_serving_process(torch.get_num_threads())
         if self.engine.stats()["kernel"] == "native":
             set_torch_threads(1)  # else its threads spin after each of its few calls, on cores that the kernel needs
         self._names = itertools.count()

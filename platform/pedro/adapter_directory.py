@@ -15,6 +15,7 @@ import stat
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ TYPES: dict[str, type] = {
 }
 MAY_LACK = ("config_digest", "manifest_digest", "method.options", "prompt_format", "metrics", "trainable_parameters")
 SPOKEN = {str: "text", dict: "an object", int: "a whole number"}
+TensorHead = tuple[str, str, list[int], Path, int, int]  # as `tensor_heads` says
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors format
+READ_BYTES = 1 << 20  # of weights at a time
 MAX_JSON_BYTES = 16_000_000
 SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "encoder_hidden_size")  # what PEFT allocates by
 
@@ -97,16 +100,7 @@ def weights_digest(directory: str | Path) -> str:
 
     Raises AdapterError where there are no weights or a file is no safetensors.
     """
-    tensors = sorted(
-        (tensor for file in _weight_files(Path(directory)) for tensor in tensor_heads(file)), key=lambda t: t[0]
-    )
-    total = hashlib.sha256()
-    with ExitStack() as stack:
-        views = {file: stack.enter_context(mapped(file)) for file in {tensor[3] for tensor in tensors}}
-        for name, dtype, shape, file, begin, end in tensors:
-            total.update(json.dumps([name, dtype, shape]).encode())
-            total.update(views[file][begin:end])
-    return f"sha256:{total.hexdigest()}"
+    return _Weights(Path(directory)).digest()
 
 
 def config_digest(directory: str | Path) -> str:
@@ -137,7 +131,8 @@ def verify_adapter(
     checked then.
     """
     directory = Path(directory)
-    _refuse_foreign_files(directory)
+    weights = _Weights(directory)
+    _refuse_foreign_files(directory, weights)
     manifest = read_manifest(directory)
     expected = manifest["backbone"]["digest"]
     if backbone_digest is not None and expected != backbone_digest:
@@ -148,7 +143,7 @@ def verify_adapter(
         )
     if tokenizer_digests:
         check_tokenizer(manifest, tokenizer_digests)
-    _expect_digest(manifest, "digest", "weights are", weights_digest(directory))
+    _expect_digest(manifest, "digest", "weights are", weights.digest())
     if manifest.get("config_digest"):
         _expect_digest(manifest, "config_digest", "config is", config_digest(directory))
     return manifest
@@ -207,38 +202,90 @@ def mapped(file: Path) -> Iterator[mmap.mmap]:
         yield view
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """Every weight file that a loader might read: one of an adapter, one or more shards of a whole model."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files or ((directory / CONFIG).is_file() and directory / WEIGHTS not in files):
-        raise AdapterError(f"{WEIGHTS}: not found in {directory}; fetch the adapter again")
-    return files
+class _Weights:
+    """An adapter's weights by their headers, which are read once, when they are first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @property
+    def files(self) -> list[Path]:
+        """Every weight file that a loader might read: one of an adapter, one or more shards of a whole model."""
+        files = [self._directory / name for name in _names(self._directory) if name.endswith(".safetensors")]
+        if not files or ((self._directory / CONFIG).is_file() and self._directory / WEIGHTS not in files):
+            raise AdapterError(f"{WEIGHTS}: not found in {self._directory}; fetch the adapter again")
+        return files
+
+    @cached_property
+    def heads(self) -> list[TensorHead]:
+        """What `tensor_heads` gives of all files, by name."""
+        return sorted((head for file in self.files for head in tensor_heads(file)), key=lambda head: head[0])
+
+    @property
+    def largest(self) -> int:
+        """The numbers of the largest tensor."""
+        return max((math.prod(shape) for _, _, shape, *_ in self.heads), default=0)
+
+    def digest(self) -> str:
+        """See `weights_digest`."""
+        total, room = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+        with ExitStack() as stack:  # read, not mapped: a page that is looked at once costs more than its copy
+            files = {file: stack.enter_context(file.open("rb", buffering=0)) for file in {h[3] for h in self.heads}}
+            for name, dtype, shape, file, begin, end in self.heads:
+                total.update(json.dumps([name, dtype, shape]).encode())
+                files[file].seek(begin)
+                while begin < end and (count := files[file].readinto(room[: end - begin])):
+                    total.update(room[:count])
+                    begin += count
+        return f"sha256:{total.hexdigest()}"
 
 
-def _refuse_foreign_files(directory: Path) -> None:
+def _names(directory: Path) -> list[str]:
+    """What a directory holds, sorted; nothing where it is none."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
+    """All that lies below a directory, sorted; links are not followed."""
+    try:
+        with os.scandir(directory) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from _entries(Path(entry.path))
+
+
+def _refuse_foreign_files(directory: Path, weights: _Weights) -> None:
     """Refuse pickles, links, what is no file, JSON beyond bounds, and an index that names other files than its own."""
-    for path in sorted(directory.rglob("*")):
-        if path.suffix.lower() in PICKLES:
+    for entry in _entries(directory):
+        if entry.name.lower().endswith(PICKLES):
             raise AdapterError(
-                f"{path.name}: may contain code (pickle) and is refused; save the adapter as safetensors"
+                f"{entry.name}: may contain code (pickle) and is refused; save the adapter as safetensors"
             )
-        if path.is_symlink():
-            raise AdapterError(f"{path.name}: is a link, which may lead out of the adapter; copy the file instead")
-        if not path.is_file() and not path.is_dir():
-            raise AdapterError(f"{path.name}: is neither a file nor a directory; fetch the adapter again")
+        if entry.is_symlink():
+            raise AdapterError(f"{entry.name}: is a link, which may lead out of the adapter; copy the file instead")
+        if not entry.is_file() and not entry.is_dir():
+            raise AdapterError(f"{entry.name}: is neither a file nor a directory; fetch the adapter again")
+    names = _names(directory)
     for name in CONFIGS:
-        if (directory / name).is_file():
-            _refuse_sizes(directory, name)
-    for index in directory.glob("*.index.json"):
+        if name in names and (directory / name).is_file():
+            _refuse_sizes(directory, name, weights)
+    for index in (name for name in names if name.endswith(".index.json")):
         try:
-            named = {str(name) for name in _read_json(index)["weight_map"].values()}
+            named = {str(name) for name in _read_json(directory / index)["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise AdapterError(f"{index.name}: cannot be read; fetch the adapter again") from error
-        if foreign := sorted(named - {file.name for file in directory.glob("*.safetensors")}):
-            raise AdapterError(f"{index.name}: names {foreign[0]!r}, which is no file of the adapter; fetch it again")
+            raise AdapterError(f"{index}: cannot be read; fetch the adapter again") from error
+        if foreign := sorted(named - {name for name in names if name.endswith(".safetensors")}):
+            raise AdapterError(f"{index}: names {foreign[0]!r}, which is no file of the adapter; fetch it again")
 
 
-def _refuse_sizes(directory: Path, name: str) -> None:
+def _refuse_sizes(directory: Path, name: str, weights: _Weights) -> None:
     """Refuse a config that cannot be read, or by which more would be allocated than its weights can fill."""
     try:
         config = _read_json(directory / name)
@@ -247,17 +294,15 @@ def _refuse_sizes(directory: Path, name: str) -> None:
         )
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise AdapterError(f"{name}: cannot be read ({type(error).__name__}); fetch the adapter again") from error
-    if given:
-        files = _weight_files(directory)
-        most = max((math.prod(shape) for file in files for _, _, shape, *_ in tensor_heads(file)), default=0)
-        for field, size in given.items():
-            if size > max(most, 1024):  # an adapter without tensors is small in any case
-                raise AdapterError(
-                    f"{name}: {field} is {size:,}, but its largest tensor has {most:,} numbers; fetch the adapter again"
-                )
+    for field, size in given.items():
+        if size > max(weights.largest, 1024):  # an adapter without tensors is small in any case
+            raise AdapterError(
+                f"{name}: {field} is {size:,}, but its largest tensor has {weights.largest:,} numbers; "
+                "fetch the adapter again"
+            )
 
 
-def tensor_heads(file: Path) -> Iterator[tuple[str, str, list[int], Path, int, int]]:
+def tensor_heads(file: Path) -> Iterator[TensorHead]:
     """(name, dtype, shape, file, first byte, byte after the last) of each tensor, from the header alone."""
     try:
         with file.open("rb") as stream:

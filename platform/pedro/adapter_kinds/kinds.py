@@ -122,13 +122,16 @@ class Adapter:
 
     def padded(self, multiple: int) -> Adapter:
         """The adapter with the ranks and outputs of its low-rank terms rounded up to a multiple."""
+        if not self.low_rank:
+            return self
         layers = tuple({site: term.padded(multiple) for site, term in terms.items()} for terms in self.low_rank)
         return replace(self, low_rank=layers)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         if self.generator is not None:
             for layer in self.generator.layers:
-                yield from (part for part in layer if isinstance(part, torch.Tensor))
+                parts = (layer.down, layer.up, layer.bias, layer.a, layer.b)
+                yield from (part for part in parts if part is not None)
         for sites in (*self.scale, *self.shift):
             yield from sites.values()
         for terms in self.low_rank:

@@ -7,6 +7,7 @@ what all readers share; which methods have one is said by their `Method.readers`
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class SavedTensors:
         return self._numbers(key, tensor)
 
     def _numbers(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(tensor.float().sum()):
+        if not math.isfinite(tensor.float().sum().item()):
             raise AdapterError(f"adapter weights: {key} contains numbers that are not finite; the training diverged")
         return tensor.to(self._device, torch.float32)
 

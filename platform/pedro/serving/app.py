@@ -18,6 +18,7 @@ from ray.serve.config import RequestRouterConfig
 
 from pedro.config import Settings
 from pedro.errors import PedroError
+from pedro.process import freeze_heap
 from pedro.serving.config import ServeConfig
 from pedro.serving.protocol import ControlRequest, OutputBatch, ReplicaLost, SubmitRequest, T
 from pedro.serving.ray_connection import ROUTER, RayReplicaConnection
@@ -61,6 +62,7 @@ class EngineReplica:
         tracing.start("pedro-engine", self._id)
         given = ServeConfig(**config)
         self._server = ReplicaServer(given, settings, self._id, self._end, _replicas_here(given))
+        freeze_heap()
 
     def _end(self, _error: PedroError) -> None:
         """The engine cannot continue: exit, so that its requests move to another replica and Serve starts a new one."""
@@ -195,7 +197,9 @@ class Gateway:
             max_open_jobs=self._config.max_open_jobs,
             send_request_id=False,  # Serve's proxy sends it
         )
-        return create_app(lambda: backend, self._store, settings)
+        app = create_app(lambda: backend, self._store, settings)
+        freeze_heap()
+        return app
 
     async def _keep_house(self) -> None:
         """Mirror pending moves to MLflow, trim the change feed and the audit, measure stored sizes; until cancelled."""
