@@ -20,6 +20,7 @@ from jobs.benchmarks.random_adapters import adapter_directories
 from jobs.benchmarks.report import BenchmarkReport, Target
 from jobs.benchmarks.stats import paired_ratio, percentile
 from jobs.benchmarks.timeline import Timeline
+from pedro.process import freeze_heap
 
 if TYPE_CHECKING:
     from jobs.benchmarks.command_line import Options
@@ -66,6 +67,7 @@ def run(options: Options, log: Log) -> BenchmarkReport:
         return BenchEngine(size, options.device, max_batch=max_batch, max_length=length, adapter_bytes=budget)
 
     engines = {case: engine(slots) for case in cases}
+    freeze_heap()  # as a replica does once it has started
     seen: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
     for number in range(rounds + 1):
         for case in cases[:: -1 if number % 2 else 1]:
