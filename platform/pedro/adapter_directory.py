@@ -249,16 +249,16 @@ def _names(directory: Path) -> list[str]:
 
 
 def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """All that lies below a directory, sorted; links are not followed."""
-    try:
-        with os.scandir(directory) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError:
-        return
-    for entry in entries:
-        yield entry
-        if entry.is_dir(follow_symlinks=False):
-            yield from _entries(Path(entry.path))
+    """All that lies below a directory, however deep; links are not followed."""
+    folders: list[Path | str] = [directory]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        yield from entries
+        folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _refuse_foreign_files(directory: Path, weights: _Weights) -> None:
