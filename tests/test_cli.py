@@ -35,10 +35,20 @@ try:
     pedro(["keys", "--help"], prog_name="pedro")  # imports what all would
 except SystemExit:
     sys.stdout.flush()
+
+
+def told(words):
+    try:
+        pedro([*words, "--help"], prog_name="pedro")
+    except SystemExit as end:
+        sys.stdout.flush()
+        return end.code or 0
+
+
 for number, words in enumerate(json.loads(sys.argv[1])):
     if os.fork() == 0:  # each command is the first that its process runs
         os.dup2(os.open(str(number), os.O_CREAT | os.O_WRONLY), 1)
-        pedro([*words, "--help"], prog_name="pedro")
+        os._exit(told(words))  # taking Python down costs ten times what the help does
     assert os.wait()[1] == 0, words
 """
 
