@@ -25,6 +25,7 @@ RUNBOOK = ROOT / "docs" / "runbook.md"
 MONITORING = ROOT / "k8s" / "components" / "monitoring"
 INCIDENT = re.compile(r"^## (\d+)\. (.+)$", re.MULTILINE)
 PARTS = ("**Seen.**", "**Why.**", "**Do.**", "**Over** when")
+COMMANDS = get_command(app)
 METRIC = re.compile(r"\bpedro_[a-z_]+\b")
 SELECTED = re.compile(r"\b(pedro_[a-z_]+)\{([^}]*)\}")
 OURS = {"job", "le"}  # labels that Prometheus gives
@@ -156,7 +157,7 @@ def words():
 
 @pytest.mark.parametrize("line", sorted({word for word in words() if word.startswith("pedro ")}))
 def test_every_command_in_the_runbook_is_one_of_pedros(line):
-    command, rest = get_command(app), line.split()[1:]
+    command, rest = COMMANDS, line.split()[1:]
     while hasattr(command, "commands"):
         assert rest, f"{line}: which of {sorted(command.commands)}"
         assert rest[0] in command.commands, f"{line}: there is no {rest[0]}"
@@ -175,7 +176,7 @@ def _is_value(words, at, flags):
 
 def test_every_option_setting_route_and_code_in_the_runbook_is_one_of_the_code():
     found = {word for word in words() if not word.startswith(("pedro ", "kubectl ", "grep "))}
-    (serve,) = [command for name, command in get_command(app).commands.items() if name == "serve"]
+    (serve,) = [command for name, command in COMMANDS.commands.items() if name == "serve"]
     options = {name for parameter in serve.params for name in parameter.opts}
     assert {word for word in found if word.startswith("--")} - {"--older-than 7d"} <= options
     settings = {word for word in found if re.fullmatch(r"PEDRO_[A-Z_]+", word)}
