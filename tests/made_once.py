@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import gc
+import os
 import secrets
 import shutil
 import sqlite3
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _done: set[str] = set()
@@ -50,8 +53,9 @@ def _migrations(migrate: Any) -> None:
         if to != schema.REVISION or connection.dialect.name != "sqlite" or sa.inspect(connection).get_table_names():
             whole(connection, to)
             return
+        link: Any = connection.connection.driver_connection
         for statement in left():
-            connection.exec_driver_sql(statement)
+            link.execute(statement)
         of_epoch = schema.counters.c.name == EPOCH
         connection.execute(sa.update(schema.counters).where(of_epoch).values(value=secrets.randbits(62)))
 
@@ -80,20 +84,77 @@ def _mlflow_revision(utils: Any) -> None:
     utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
 
 
-def _files(os: Any) -> None:
+def _files(system: Any) -> None:
     """What is written waits for no disk, as it must where the power may fail: twenty milliseconds each, on some."""
-    os.fsync = lambda _: None
+    system.fsync = lambda _: None
 
 
 def _sqlite(sqlalchemy: Any) -> None:
-    """Nor does what is committed."""
+    """Nor does what is committed, nor a file that is made."""
 
-    def let_go(link: Any, record: Any, _proxy: Any) -> None:
-        if isinstance(link, sqlite3.Connection) and not record.info.get("let_go"):
+    def let_go(link: Any, _record: Any) -> None:
+        if isinstance(link, sqlite3.Connection):
             link.execute("PRAGMA synchronous=OFF")
+
+    def again(link: Any, record: Any, _proxy: Any) -> None:
+        """A store has set it meanwhile."""
+        if not record.info.get("let_go"):
+            let_go(link, record)
             record.info["let_go"] = True
 
-    sqlalchemy.event.listen(sqlalchemy.Engine, "checkout", let_go)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", let_go)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "checkout", again)
+
+
+def _statements(base: Any) -> None:
+    """A statement is turned into SQL once for all databases of a kind. Each test has a database of its own."""
+    from sqlalchemy.engine.default import DefaultDialect
+    from sqlalchemy.util import LRUCache
+
+    kept, made = LRUCache(5000), base.Engine.__init__
+
+    def make(engine: Any, *args: Any, **options: Any) -> None:
+        made(engine, *args, **options)
+        engine._compiled_cache = kept
+
+    dialect: Any = DefaultDialect
+    dialect.__hash__ = lambda self: hash(type(self))  # a part of what SQL is kept by
+    dialect.__eq__ = lambda self, other: type(self) is type(other)
+    base.Engine.__init__ = make
+
+
+def _certificates(transport: Any) -> None:
+    """The machine's certificates are read once. Each HTTP client does so, also one that needs none, in 10 to 20 ms."""
+    whole = transport.create_ssl_context
+
+    @functools.cache
+    def made(_named: Any, **options: Any) -> Any:
+        return whole(**options)
+
+    def make(**options: Any) -> Any:
+        return made((os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")), **options)
+
+    transport.create_ssl_context = make
+
+
+def _ends(server: Any) -> None:
+    """A server ends at once. uvicorn looks ten times a second whether it should, and what it still waits for."""
+
+    async def sleep(_seconds: float) -> None:
+        await asyncio.sleep(0.01)
+
+    server.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
+
+
+def _commands(typer: Any) -> None:
+    """The tree of `pedro`'s commands is built once."""
+    typer.get_command = functools.cache(typer.get_command)
+
+
+def _command_runner(testing: Any) -> None:
+    from typer import main
+
+    testing._get_command = main.get_command
 
 
 def _provenance(provenance: Any) -> None:
@@ -129,6 +190,12 @@ def _pages(_: Any) -> None:
 PATCHES: dict[str, Callable[[Any], None]] = {
     "os": _files,
     "sqlalchemy": _sqlite,
+    "sqlalchemy.engine.base": _statements,
+    "httpx._transports.default": _certificates,
+    "httpx2._transports.default": _certificates,  # of which openai's clients are
+    "uvicorn.server": _ends,
+    "typer.main": _commands,
+    "typer.testing": _command_runner,
     "pedro.store.migrate": _migrations,
     "pedro.registry.connection": _mlflow_store,
     "mlflow.store.db.utils": _mlflow_revision,
