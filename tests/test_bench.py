@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,12 +16,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from jobs.benchmarks import contention, dry_run, fairness, http_costs, peers, prefill_stall, task_score
+from jobs.benchmarks import contention, dry_run, engine_process, fairness, http_costs, peers, prefill_stall, task_score
 from jobs.benchmarks.bench_engine import BenchEngine
 from jobs.benchmarks.command_line import main
 from jobs.benchmarks.efficiency import copy_limit_tok_s
 from jobs.benchmarks.engine_benchmarks import BENCHMARKS
-from jobs.benchmarks.engine_process import EnginePool, EngineProcessError
+from jobs.benchmarks.engine_process import EnginePool, EngineProcess, EngineProcessError
 from jobs.benchmarks.gateway_cost import own_code
 from jobs.benchmarks.gguf_model import saved_gguf, saved_lora_gguf
 from jobs.benchmarks.model_sizes import MODEL_SIZES, make_model, prompts
@@ -30,6 +31,7 @@ from jobs.benchmarks.report import BenchmarkReport, Target, exactly
 from jobs.benchmarks.stats import Ratio, paired_ratio, percentile, percentile_ratio
 from jobs.benchmarks.timeline import Timeline
 from jobs.benchmarks.training import Load, setup_of
+from jobs.benchmarks.workers.__main__ import KINDS
 from jobs.benchmarks.workers.prefix import Prefix
 from jobs.benchmarks.workers.train_quantised import QuantisedTrainer
 
@@ -146,8 +148,30 @@ def test_quantised_weights_stand_beside_float32_by_speed_memory_perplexity_and_s
     ] * 3
 
 
+class Here(EngineProcess):
+    """An engine in this process, where it takes no seconds to start; `quick` has them as they are."""
+
+    def __init__(self, name, kind, python, environment):
+        self._kind, self._engine, self._answer = kind, None, None
+
+    def send(self, order):
+        order = json.loads(json.dumps(order))
+        if self._engine is None:
+            module, name = KINDS[self._kind]
+            self._engine, self._answer = getattr(importlib.import_module(module), name)(order), {"ready": True}
+        else:
+            self._answer = json.loads(json.dumps(self._engine.run(order)))
+
+    def receive(self, timeout_s):
+        return self._answer
+
+    def end(self):
+        self._engine = None
+
+
 def test_chats_shared_and_cold_prompts_are_measured_with_the_prefix_cache_and_without(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    monkeypatch.setattr(engine_process, "EngineProcess", Here)
     words = ["prefix", "--quick", "--threads", "1", "--rounds", "1", "--peer", "llamacpp=/nowhere/python"]
     assert main(BENCHMARKS, tmp_path / "results", words) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
