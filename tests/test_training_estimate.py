@@ -14,6 +14,13 @@ from pedro.training.calibrate import Calibration, calibrate
 from pedro.training.estimate import dry_run
 
 
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch):
+    """No more is timed than two steps and a few rows."""
+    monkeypatch.setattr("pedro.training.calibrate.FEW_SECONDS", 0.0)
+    monkeypatch.setattr("pedro.training.calibrate.SCORED_ROWS", 4)
+
+
 def test_the_dry_run_counts_what_the_run_then_does(tmp_path):
     spec = spec_for(tmp_path, max_steps=4, theta_every=2)
     report = dry_run(spec)
@@ -62,7 +69,7 @@ def test_prompts_that_a_held_out_file_shares_with_training_are_said(tmp_path):
     train = Path(spec.data.train)
     (tmp_path / "test.jsonl").write_text("".join(train.read_text().splitlines(keepends=True)[:5]))
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"test": str(tmp_path / "test.jsonl")})})
-    assert "data.test: 5 of its prompts are also in data.train" in str(dry_run(spec))
+    assert "data.test: 5 of its prompts are also in data.train" in str(dry_run(spec, calibrated=False))
 
 
 def test_zero_and_bf16_show_in_the_memory_and_stage_3_halves_the_backbone_where_it_can_be_cut(tmp_path, monkeypatch):
@@ -85,9 +92,12 @@ def test_zero_and_bf16_show_in_the_memory_and_stage_3_halves_the_backbone_where_
 
 
 def test_a_dry_run_says_what_ends_training(tmp_path):
-    assert dry_run(spec_for(tmp_path, epochs=None, max_steps=7)).ends_by == "max_steps (7)"
-    assert dry_run(spec_for(tmp_path, epochs=1, max_steps=700)).ends_by == "epochs (1), before max_steps (700)"
-    assert dry_run(spec_for(tmp_path, epochs=2, max_steps=None)).ends_by == "epochs (2)"
+    for epochs, steps, told in (
+        (None, 7, "max_steps (7)"),
+        (1, 700, "epochs (1), before max_steps (700)"),
+        (2, None, "epochs (2)"),
+    ):
+        assert dry_run(spec_for(tmp_path, epochs=epochs, max_steps=steps), calibrated=False).ends_by == told
 
 
 def test_a_wrong_method_option_is_told_before_anything_starts(tmp_path):
