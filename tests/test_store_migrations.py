@@ -184,10 +184,12 @@ def test_a_table_of_another_program_is_told_by_name_and_nothing_is_changed(empty
     assert schema.VERSION_TABLE not in tables(empty)
 
 
-UPGRADE = """
-import sys
+UPGRADES = """
+import os, sys
 from pedro.store import Database, Store
 from pedro.store.migrate import upgrade
+for _ in range(2):
+    os.fork()  # four processes, which imported it once
 upgrade(Database(sys.argv[1])) if sys.argv[1].startswith("postgresql") else Store(sys.argv[1])
 print(Store(sys.argv[1]).list_keys()[0].id)
 """
@@ -195,12 +197,8 @@ print(Store(sys.argv[1]).list_keys()[0].id)
 
 def test_processes_that_upgrade_at_once_do_it_once(empty):
     run(empty, FIRST_RELEASE)
-    running = [
-        subprocess.Popen([sys.executable, "-c", UPGRADE, empty], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(4)
-    ]
-    ends = [process.communicate(timeout=300) for process in running]
-    assert [out.decode().strip() for out, _ in ends] == ["key_1"] * 4, ends
+    done = subprocess.run([sys.executable, "-c", UPGRADES, empty], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["key_1"] * 4, done.stderr
 
 
 def test_an_upgraded_file_is_opened_without_alembic(tmp_path):
