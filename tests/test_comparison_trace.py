@@ -13,6 +13,7 @@ from pedro.comparison import statistics
 
 PACKAGE = Path(pedro.__file__).parent
 ROOT = PACKAGE.parents[1]
+PREFIX = f"{PACKAGE}/"
 MOST_FILES = 20
 MOST_MOVES = 50  # from file to file, for a reader who follows each function when it is first called
 
@@ -26,10 +27,9 @@ class Trace:
         self._seen: set[tuple[str, int]] = set()
 
     def __call__(self, frame, event, _) -> None:
-        path = frame.f_code.co_filename
-        if event != "call" or not path.startswith(str(PACKAGE)):
+        if event != "call" or not (path := frame.f_code.co_filename).startswith(PREFIX):
             return
-        name = path[len(str(PACKAGE)) + 1 :]
+        name = path.removeprefix(PREFIX)
         self.calls[name] += 1
         function = (name, frame.f_code.co_firstlineno)
         if function not in self._seen:
