@@ -146,6 +146,11 @@ def _ends(server: Any) -> None:
     server.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": sleep})
 
 
+def _simple_ends(socketserver: Any) -> None:
+    """As do the servers of Python's library, which look twice a second."""
+    socketserver.BaseServer.serve_forever.__defaults__ = (0.01,)
+
+
 def _commands(typer: Any) -> None:
     """The tree of `pedro`'s commands is built once."""
     typer.get_command = functools.cache(typer.get_command)
@@ -194,6 +199,7 @@ PATCHES: dict[str, Callable[[Any], None]] = {
     "httpx._transports.default": _certificates,
     "httpx2._transports.default": _certificates,  # of which openai's clients are
     "uvicorn.server": _ends,
+    "socketserver": _simple_ends,
     "typer.main": _commands,
     "typer.testing": _command_runner,
     "pedro.store.migrate": _migrations,
