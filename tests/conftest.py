@@ -76,7 +76,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     server: PostgresServer = request.getfixturevalue("postgres")
     url = server.ready_database()
     yield url
-    server.drop(url)
+    server.give_back(url)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from psycopg import sql
 
 from pedro.errors import NotFoundError
 from pedro.store import Database, schema
@@ -32,6 +33,14 @@ QUICK = ("fsync=off", "shared_buffers=32MB", "max_connections=200")
 STARTS_S = 30
 USUAL_PORT = 5432  # of a socket's name, where the server listens on no other
 MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of its own in it)
+SHAPE = """
+SELECT md5(string_agg(concat_ws(' ', c.relname, a.attname, a.atttypid, a.attnotnull), ',' ORDER BY relname, attnum)),
+  (SELECT count(*) FROM pg_constraint), (SELECT count(*) FROM pg_trigger), (SELECT count(*) FROM pg_proc)
+FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid WHERE c.relnamespace = 'public'::regnamespace
+"""
+CUT_OFF = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+TABLES = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'"
+NUMBERS = "SELECT sequencename FROM pg_sequences WHERE schemaname = 'public'"
 _count = itertools.count()
 
 
@@ -44,6 +53,9 @@ class PostgresServer:
         self._command, self._as_user = command, as_user
         self._process: subprocess.Popen[bytes] | None = None
         self._template = ""  # the name of a database with the schema: made once, copied often
+        self._shape: Any = None  # what its tables are, and what brings a database with the same ones back to it
+        self._emptying = ""
+        self._emptied: list[str] = []  # names of databases that are as it is
 
     def start(self) -> None:
         """Start it, and return when it answers."""
@@ -84,32 +96,74 @@ class PostgresServer:
             database = Database(self._url(name))
             upgrade(database)
             database.close()
+            with self._connect(name) as connection:
+                self._shape, self._emptying = _shape(connection), _emptying(connection)
             self._template = name
-        url = self._url(self._create(self._template))
+        name = self._emptied.pop() if self._emptied else self._create(self._template)
         epoch = f"UPDATE {schema.counters.name} SET value = %s WHERE name = %s"  # noqa: S608 (a name of ours)
-        with psycopg.connect(url, user="pedro", port=self.port, autocommit=True) as connection:
+        with self._connect(name) as connection:
             connection.execute(epoch, (secrets.randbits(62), EPOCH))
-        return url
+        return self._url(name)
+
+    def give_back(self, url: str) -> None:
+        """Empty one of these databases for who asks next, which takes less time than to make one. Whoever is connected
+        to it is cut off, and it is called otherwise from now on; one whose tables are other ones by now is dropped."""
+        old, name = _name_in(url), self._new_name()
+        with self._connect() as connection:
+            while connection.execute(CUT_OFF, [old]).rowcount:  # PostgreSQL looks ten times a second
+                time.sleep(0.002)
+            connection.execute(f"ALTER DATABASE {old} RENAME TO {name}")
+        with self._connect(name) as connection:
+            is_known = _shape(connection) == self._shape
+            if is_known:
+                connection.execute(self._emptying)
+        if is_known:
+            self._emptied.append(name)
+        else:
+            self.drop(self._url(name))
 
     def drop(self, url: str) -> None:
         """One of these databases goes, with whatever is connected to it."""
-        name = url.partition("@/")[2].partition("?")[0]
         with self._connect() as connection:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            connection.execute(f"DROP DATABASE {_name_in(url)} WITH (FORCE)")
 
     def _create(self, template: str) -> str:
-        name = f"test_{os.getpid()}_{next(_count)}"
+        name = self._new_name()
         statement = f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"  # a quarter of the usual time
         with self._connect() as connection:
             connection.execute(statement)
         return name
 
+    def _new_name(self) -> str:
+        return f"test_{os.getpid()}_{next(_count)}"
+
     def _url(self, name: str) -> str:
         port = "" if self.port == USUAL_PORT else f"&port={self.port}"
         return f"postgresql://pedro@/{name}?host={self.folder}{port}"
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        return psycopg.connect(host=str(self.folder), port=self.port, user="pedro", dbname="postgres", autocommit=True)
+    def _connect(self, name: str = "postgres") -> psycopg.Connection[Any]:
+        return psycopg.connect(host=str(self.folder), port=self.port, user="pedro", dbname=name, autocommit=True)
+
+
+def _name_in(url: str) -> str:
+    return url.partition("@/")[2].partition("?")[0]
+
+
+def _shape(connection: psycopg.Connection[Any]) -> Any:
+    """The same for two databases with the same tables, columns, indexes, rules and triggers."""
+    return connection.execute(SHAPE).fetchone()
+
+
+def _emptying(connection: psycopg.Connection[Any]) -> str:
+    """What makes a database whose tables are the same ones equal to this one."""
+    words = ["SET session_replication_role = replica"]  # in any order
+    for (table,) in connection.execute(TABLES).fetchall():
+        words.append(f"DELETE FROM {table}")  # noqa: S608 (a name of ours)
+        for row in connection.execute(f"SELECT * FROM {table}").fetchall():  # noqa: S608
+            values = ", ".join(sql.Literal(value).as_string(connection) for value in row)
+            words.append(f"INSERT INTO {table} OVERRIDING SYSTEM VALUE VALUES ({values})")  # noqa: S608
+    words += [f"SELECT setval('{name}', 1, false)" for (name,) in connection.execute(NUMBERS).fetchall()]
+    return "; ".join(words)
 
 
 @contextmanager
