@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # Ray reads this once, at import, and a local head of pedro listens on loopback alone.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+gc.disable()  # until the first test: what imports make stays
 
 # Files whose tests are few and long. Left to the end, where a worker finds nothing else to do, they would make the run
 # longer; the rest is sorted as pytest-xdist does it.

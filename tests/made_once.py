@@ -32,6 +32,7 @@ def set_aside() -> None:
     """What is there now stays: a look for garbage, as Streamlit has after each run of a page, passes it over."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _migrations(migrate: Any) -> None:
