@@ -191,7 +191,7 @@ from pedro.store.migrate import upgrade
 for _ in range(2):
     os.fork()  # four processes, which imported it once
 upgrade(Database(sys.argv[1])) if sys.argv[1].startswith("postgresql") else Store(sys.argv[1])
-print(Store(sys.argv[1]).list_keys()[0].id)
+print(f"{Store(sys.argv[1]).list_keys()[0].id} ", end="")
 """
 
 
