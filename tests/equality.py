@@ -100,10 +100,10 @@ class Checkout:
             shutil.copytree(folder, into / folder.name)
         return [(str(specs[folder.name]), str(into / folder.name)) for folder in folders]
 
-    def committed_tables(self) -> dict[str, str]:
-        """table.md of every committed comparison, as it lies in the tree."""
-        tables = sorted((self.root / "jobs" / "results").glob("*/table.md"))
-        return {path.parent.name: path.read_text(encoding="utf-8") for path in tables}
+    def committed(self, name: str) -> dict[str, str]:
+        """A file of every committed comparison, as it lies in the tree."""
+        files = sorted((self.root / "jobs" / "results").glob(f"*/{name}"))
+        return {path.parent.name: path.read_text(encoding="utf-8") for path in files}
 
     def _run(self, command: list[str], stdin: str = "") -> str:
         done = subprocess.run(
@@ -164,12 +164,24 @@ def _prompt(row: dict[str, Any]) -> str:
 
 
 def compare_tables(earlier: Checkout, here: Checkout, report: Report, quick: bool) -> None:
-    """Every committed comparison, reported by both checkouts; and the earlier one's folders by this one."""
+    """Every committed comparison, reported by both checkouts; and the earlier one's folders by this one.
+
+    A comparison that has got more runs since cannot have the same table: it is named, and only its earlier folder is
+    compared.
+    """
     most = 1 if quick else None
-    report.compared("table.md as committed, of every comparison", earlier.committed_tables(), here.committed_tables())
+    was, now = earlier.committed("runs.jsonl"), here.committed("runs.jsonl")
+    grown = {name for name, runs in was.items() if now.get(name) != runs}
+    for name in sorted(grown):
+        print(f"new runs {name}: {len(was[name].splitlines())} before, {len(now.get(name, '').splitlines())} now")
+    tables = (
+        {name: text for name, text in one.committed("table.md").items() if name in was and name not in grown}
+        for one in (earlier, here)
+    )
+    report.compared(f"table.md as committed, of {len(was) - len(grown)} comparisons", *tables)
     old, new = (one.comparisons(one.scratch / "comparisons")[:most] for one in (earlier, here))
     before, after = earlier.probe("reports", asked=old), here.probe("reports", asked=new)
-    for name in before:
+    for name in sorted(before.keys() - grown):
         kinds = ", ".join(before[name])
         report.compared(f"{name}: `pedro compare --report` makes the same {kinds}", before[name], after.get(name))
     specs = {Path(spec).stem: spec for spec, _ in new}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from equality import DEMO_TENANTS, Report, demo_spec, differences
+from equality import DEMO_TENANTS, Checkout, Report, compare_tables, demo_spec, differences
 
 from pedro.demo.stories import SMALL
 from pedro.demo.stories import demo_spec as packaged_spec
@@ -36,6 +36,30 @@ def test_a_value_that_changed_came_or_went_is_told_with_its_place(capsys):
     report.compared("answers", before, after)
     assert capsys.readouterr().out.startswith("DIFFERS  answers")
     assert len(report.differ) == 3
+
+
+def test_a_comparison_with_new_runs_is_named_and_its_earlier_folder_alone_is_compared(tmp_path, capsys, monkeypatch):
+    def checkout(name, runs):
+        for comparison, lines in {"alike": "a\n", "grown": runs}.items():
+            folder = tmp_path / name / "jobs" / "results" / comparison
+            folder.mkdir(parents=True)
+            (folder / "runs.jsonl").write_text(lines)
+            (folder / "table.md").write_text(lines.upper())
+            (tmp_path / name / "jobs" / f"{comparison}.yaml").touch()
+        return Checkout(tmp_path / name, tmp_path / name / "scratch")
+
+    def report_of(_checkout, _part, asked):
+        folders = [Path(folder) for _, folder in asked]
+        return {folder.name: {"table.md": (folder / "table.md").read_text()} for folder in folders}
+
+    monkeypatch.setattr(Checkout, "probe", report_of)
+    report = Report()
+    compare_tables(checkout("earlier", "a\n"), checkout("here", "a\nb\n"), report, quick=False)
+    said = capsys.readouterr().out
+    assert "new runs grown: 1 before, 2 now" in said
+    assert "equal    alike: `pedro compare --report` makes the same table.md" in said
+    assert "grown: `pedro" not in said
+    assert report.differ == []
 
 
 @pytest.mark.slow
