@@ -26,7 +26,24 @@ gc.disable()  # until the first test: what imports make stays
 
 # Files whose tests are few and long. Left to the end, where a worker finds nothing else to do, they would make the run
 # longer; the rest is sorted as pytest-xdist does it.
-LONG = ("wheel", "methods_peft", "cli", "training_loop", "bench", "comparison_grid")
+LONG = (
+    "training_cotraining",
+    "training_loop",
+    "training_dpo",
+    "docs_commands",
+    "bench",
+    "gateway_connections",
+    "comparison_trace",
+    "gateway_dry_run",
+    "methods_peft",
+    "wheel",
+    "backbones_hub",
+    "erasure",
+    "serving_usage",
+    "registry_takeover",
+    "gpu_check",
+    "comparison_grid",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -94,8 +95,9 @@ def hub():
 @pytest.fixture
 def pull(home, monkeypatch, capfd):
     """`pedro backbones pull` in this process, from this hub instead of the one that was set when the library loaded."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))  # a second before each new try
     pedro = command_runner(monkeypatch, capfd)
 
     def pull(hub, what="someone/tiny"):
