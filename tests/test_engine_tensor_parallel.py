@@ -219,15 +219,16 @@ def test_an_adapter_that_a_rank_is_late_with_is_forgotten_on_both_sides(engine, 
 def test_ranks_have_as_many_blocks_as_the_one_with_the_least_memory(home, tmp_path, monkeypatch):
     _, backbone, _ = home
     shards = [Shard(rank, 2) for rank in range(2)]
+    # One after the other: transformers sets torch.nn.init aside meanwhile, and puts back what it found.
+    parts = [load_shard(backbone, "float32", "cpu", shard) for shard in shards]
     free = threading.local()
     monkeypatch.setattr("pedro.engine.kv_budget.available_memory", lambda: free.bytes)
 
     def go(rank):
-        part = load_shard(backbone, "float32", "cpu", shards[rank])
         group = Group(shards[rank], torch.device("cpu"), str(tmp_path / "meeting"), 60)
-        join(part, group)
+        join(parts[rank], group)
         free.bytes = (2 - rank) * 400_000
-        cache = ShardRunner(part, group, 100, 64).cache
+        cache = ShardRunner(parts[rank], group, 100, 64).cache
         return cache.blocks, int(0.5 * 400_000 / 2) // cache.block_bytes
 
     with ThreadPoolExecutor(2) as pool:
