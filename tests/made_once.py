@@ -112,7 +112,8 @@ def _statements(base: Any) -> None:
     from sqlalchemy.engine.default import DefaultDialect
     from sqlalchemy.util import LRUCache
 
-    kept, made = LRUCache(5000), base.Engine.__init__
+    kept: Any = LRUCache(5000)
+    made = base.Engine.__init__
 
     def make(engine: Any, *args: Any, **options: Any) -> None:
         made(engine, *args, **options)

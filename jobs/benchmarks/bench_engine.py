@@ -94,7 +94,8 @@ class BenchEngine:
     ) -> Timeline:
         """All prompts at once, to their ends; `tenants` are the requests', by row."""
         extra: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
-        rows = zip(asked, refs, tenants or [None] * len(asked), strict=True)
+        names: Sequence[str | None] = tenants or [None] * len(asked)
+        rows = zip(asked, refs, names, strict=True)
         requests = [self.request(ids, ref, new, tenant, **extra) for ids, ref, tenant in rows]
         timeline = Timeline()
         for request in requests:
