@@ -174,7 +174,19 @@ def test_what_holds_where_is_what_the_comparisons_found():
         assert all(cell == "-" or figure(cell) in page for cell in cells)
     rose = dict(re.findall(r"^\| (\S+) \| \+([\d,]+\.\d+) ?[^|]*\|$", smollm2, re.M))
     rounded = {name: round(float(change.replace(",", ""))) for name, change in rose.items()}
-    assert rounded == {"PEDRO": 20, "LoRA": 1220, "(IA)³": 31, "AdaLoRA": 28}
+    assert rounded == {"PEDRO": 18, "LoRA": 544, "(IA)³": 90}
+
+
+def test_why_pedro_trails_is_what_the_variants_scored_and_forgot():
+    names = {"b_up 3 times faster": "`b_up_lr_ratio: 3`", "b_up 10 times faster": "`b_up_lr_ratio: 10`"}
+    names |= {"W_down by width": "`init_std: width`"}
+    names["W_down by width, b_up 3 times faster"] = "`init_std: width`, `b_up_lr_ratio: 3`"
+    file = RESULTS / "smollm2_variants" / "table.md"
+    rose = dict(re.findall(r"^\| ([^|]+?) \| \+([\d.]+) \[[^|]*\|$", file.read_text(), re.M))
+    wanted = [
+        [names.get(name, name), figure(cell), f"{float(rose[name]):.0f}"] for name, _, cell in table(file, "clinc_domains")
+    ]
+    assert [plain(row) for row in table(PAGE, "### Why PEDRO trails")] == wanted
 
 
 def test_what_conditions_pedro_and_what_that_saves_is_what_was_measured():
