@@ -184,7 +184,8 @@ def test_why_pedro_trails_is_what_the_variants_scored_and_forgot():
     file = RESULTS / "smollm2_variants" / "table.md"
     rose = dict(re.findall(r"^\| ([^|]+?) \| \+([\d.]+) \[[^|]*\|$", file.read_text(), re.M))
     wanted = [
-        [names.get(name, name), figure(cell), f"{float(rose[name]):.0f}"] for name, _, cell in table(file, "clinc_domains")
+        [names.get(name, name), figure(cell), f"{float(rose[name]):.0f}"]
+        for name, _, cell in table(file, "clinc_domains")
     ]
     assert [plain(row) for row in table(PAGE, "### Why PEDRO trails")] == wanted
 
