@@ -1,5 +1,6 @@
 """Adapter directories: whole or not there, tied to one backbone, never trusted unchecked, never pickled."""
 
+import errno
 import json
 import struct
 import subprocess
@@ -199,6 +200,15 @@ def test_a_config_that_peft_does_not_take_is_told(adapter, text):
     (adapter / CONFIG).write_text(text)
     with pytest.raises(AdapterError, match=f"{CONFIG}: cannot be read"):
         read_config(adapter)
+
+
+def test_a_folder_that_cannot_be_read_now_is_not_taken_unseen(adapter, monkeypatch):
+    def full(_path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("os.scandir", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        verify_adapter(adapter, None)
 
 
 @pytest.mark.parametrize(

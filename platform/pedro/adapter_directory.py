@@ -241,21 +241,24 @@ class _Weights:
 
 
 def _names(directory: Path) -> list[str]:
-    """What a directory holds, sorted; nothing where it is none."""
+    """What a directory holds, sorted; nothing where it is none. Raises OSError where it cannot be read now."""
     try:
         return sorted(os.listdir(directory))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def _entries(directory: Path) -> Iterator[os.DirEntry[str]]:
-    """All that lies below a directory, however deep; links are not followed."""
+    """All that lies below a directory, however deep; links are not followed.
+
+    Raises OSError where a folder cannot be read now: what nobody looked at is not taken.
+    """
     folders: list[Path | str] = [directory]
     while folders:
         try:
             with os.scandir(folders.pop()) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         yield from entries
         folders += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -274,7 +277,7 @@ def _refuse_foreign_files(directory: Path, weights: _Weights) -> None:
             raise AdapterError(f"{entry.name}: is neither a file nor a directory; fetch the adapter again")
     names = _names(directory)
     for name in CONFIGS:
-        if name in names and (directory / name).is_file():
+        if (directory / name).is_file():
             _refuse_sizes(directory, name, weights)
     for index in (name for name in names if name.endswith(".index.json")):
         try:
