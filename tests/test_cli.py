@@ -8,15 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gateway_server
 import pytest
 import typer
 from cli_commands import command_runner
+from gateway_backend import BACKBONE
 from safetensors.torch import load_file
 from serving_adapters import OTHER_BACKBONE, make_adapter, register, settings_at
 from store_moves import fill
 
 from pedro import cli
-from pedro.config import Settings
+from pedro.config import SERVER_RECORD, Settings
 from pedro.methods.adapter_files import save_adapter
 from pedro.registry import Registry
 from pedro.store import LIMITS, Store, Usage
@@ -460,6 +462,19 @@ def test_chat_without_a_key_or_a_server_says_what_to_do(pedro):
     one_error(pedro("chat", "acme.faq", "hello", "--key", "k"), "pedro serve", "--url")
     one_error(pedro("chat", "acme.faq", "hello", "--key", "k", "--url", "http://127.0.0.1:9"), "127.0.0.1:9")
     one_error(pedro("chat", "acme.faq", "hello", "--key", "k", "--url", "nonsense"), "nonsense")
+
+
+def test_the_backbone_of_the_local_server_answers_without_a_key(pedro, tmp_path, monkeypatch):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path))
+    with gateway_server.serve(tmp_path) as gateway:
+        (tmp_path / SERVER_RECORD).write_text(json.dumps({"url": gateway.url, "backbone": BACKBONE}))
+        assert pedro("chat", BACKBONE, "so it is", "--max-tokens", "2")[:2] == (0, "so it \n")
+        one_error(pedro("chat", "acme.support", "hello"), "PEDRO_API_KEY")
+        one_error(pedro("chat", BACKBONE, "hello", "--url", gateway.url), "PEDRO_API_KEY")
+        one_error(pedro("chat", BACKBONE, "overload"), "queue is full")
+        keys = gateway.store.list_keys()
+        assert [key.tenant for key in keys] == ["pedro-chat"] * 2
+        assert all(key.revoked for key in keys), "also where the answer was an error"
 
 
 def test_down_where_nothing_runs_is_no_error(pedro):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pedro.cli.output import AsJson, emit, printable
+
+if TYPE_CHECKING:
+    from pedro.serving.deploy import Served
+
+OPERATOR = "pedro-chat"  # the tenant whose usage a chat without a key is
+DAY_S = 86_400.0
 
 
 def chat(
@@ -23,15 +31,27 @@ def chat(
 ) -> None:
     """Chat with a model; the answer is streamed.
 
+    Where the server runs, its backbone answers without a key: the command makes one of tenant pedro-chat, and revokes
+    it when it ends.
+
     Example: `PEDRO_API_KEY=sk-pedro-… pedro chat acme.intents "play some jazz"`
     """
     from pedro.errors import ConfigError
 
-    if not key:
-        raise ConfigError(
-            "no API key; give --key, or set PEDRO_API_KEY (`pedro keys create TENANT` makes one)", param="key"
-        )
-    base = url or os.environ.get("PEDRO_URL") or _local_url()
+    address = url or os.environ.get("PEDRO_URL")
+    server = None if address else _local_server()
+    with nullcontext(key) if key else _short_lived_key(model, server) as secret:
+        base = address or (server and server.url)
+        if not base:
+            raise ConfigError(
+                "no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url"
+            )
+        _talk(base, secret, model, message, max_tokens, temperature, as_json)
+
+
+def _talk(
+    base: str, key: str, model: str, message: str | None, max_tokens: int, temperature: float, as_json: bool
+) -> None:
     history: list[dict[str, str]] = []
     while True:
         text = message if message is not None else _ask()
@@ -63,17 +83,33 @@ def _ask() -> str | None:
         return None
 
 
-def _local_url() -> str:
+@contextmanager
+def _short_lived_key(model: str, server: Served | None) -> Iterator[str]:
+    """A key for the backbone of this home's own server while a chat lasts, a day at most.
+
+    Whoever can do this can make keys anyhow. Raises ConfigError for adapters, whose tenants would pay for it.
+    """
     from pedro.config import Settings
     from pedro.errors import ConfigError
+    from pedro.store import Store
+
+    if server is None or server.backbone != model:
+        raise ConfigError(
+            "no API key; give --key, or set PEDRO_API_KEY (`pedro keys create TENANT` makes one)", param="key"
+        )
+    store = Store(Settings.from_env().database_url)
+    key, secret = store.create_key(OPERATOR, name="a chat without a key", expires=time.time() + DAY_S)
+    try:
+        yield secret
+    finally:
+        store.revoke_key(key.id)
+
+
+def _local_server() -> Served | None:
+    from pedro.config import Settings
     from pedro.serving.deploy import find
 
-    server = find(Settings.from_env())
-    if server is None:
-        raise ConfigError(
-            "no server runs for this PEDRO_HOME; start one with `pedro serve`, or give --url", param="url"
-        )
-    return server.url
+    return find(Settings.from_env())
 
 
 def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:
