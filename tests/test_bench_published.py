@@ -1,6 +1,7 @@
 """The benchmark of a known model beside published figures: every part on a packaged backbone and a handful of rows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from task_files import EXCERPTS
@@ -11,7 +12,7 @@ from jobs.benchmarks.command_line import main
 from jobs.benchmarks.published_parts import PARTS, Sizes, Subject
 from jobs.benchmarks.stats import mean_of_groups, wilson
 
-SIZES = Sizes(mmlu=4, mmlu_chat=2, harness=3, bbh_each=1, gsm8k=2, windows=2)
+SIZES = Sizes(mmlu=4, mmlu_chat=2, harness=3, endpoint=0, bbh_each=1, gsm8k=2, windows=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,16 @@ def test_every_part_is_asked_and_a_part_that_is_done_is_not_asked_again(data, ho
     monkeypatch.setattr(published, "PARTS", dict.fromkeys(PARTS, "not called"))
     again = published.measure(Subject("pedro-nano", data, threads=1), SIZES, {}, said.append)
     assert [row["score"] for row in again.rows] == [row["score"] for row in report.rows]
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_the_same_through_a_server(data, home):
+    subject = Subject("pedro-nano", data, threads=1)
+    (through,) = PARTS["endpoint"](subject, replace(SIZES, endpoint=3))
+    in_process, _ = PARTS["harness"](subject, SIZES)
+    assert through["score"] == in_process["score"]
+    assert through["rows"] == 3
+    assert through["asked"].endswith("through the server")
 
 
 def test_what_is_missing_is_said_in_one_line(data, home, tmp_path, monkeypatch, capsys):

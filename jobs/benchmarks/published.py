@@ -34,12 +34,12 @@ SOURCES = {
 }
 PUBLISHED = {"MMLU, cloze": 29.3, "BBH, 3-shot": 28.2, "GSM8K, 5-shot": 1.4}  # percent
 NO_DATA = {"HellaSwag": 40.9, "ARC (average)": 37.3, "PIQA": 66.3, "IFEval": 29.9, "MT-Bench": 1.98}
-FULL = Sizes(mmlu=228, mmlu_chat=57, harness=57, bbh_each=4, gsm8k=20, windows=8)
-QUICK = Sizes(mmlu=4, mmlu_chat=2, harness=2, bbh_each=1, gsm8k=1, windows=1)
+FULL = Sizes(mmlu=228, mmlu_chat=57, harness=57, endpoint=57, bbh_each=4, gsm8k=20, windows=8)
+QUICK = Sizes(mmlu=4, mmlu_chat=2, harness=2, endpoint=2, bbh_each=1, gsm8k=1, windows=1)
 
 
 def run(options: Options, log: Log) -> BenchmarkReport:
-    """Every part, on one core in about a quarter of an hour. Raises PedroError without data or backbone."""
+    """Every part, on one core in about twenty minutes. Raises PedroError without data or backbone."""
     data = os.environ.get("PEDRO_TASK_DATA")
     if not data:
         raise ConfigError(

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from pedro.evaluation.ranking import PromptReader
 from pedro.evaluation.scoring import answer_loss, generate
 
 if TYPE_CHECKING:
+    from pedro.evaluation.harness.base import HarnessModel
     from pedro.model_protocols import Tokenizer
 
 Rows = list[dict[str, Any]]
@@ -42,6 +45,7 @@ class Sizes:
     mmlu: int
     mmlu_chat: int
     harness: int
+    endpoint: int
     bbh_each: int
     gsm8k: int
     windows: int
@@ -99,27 +103,48 @@ def mmlu_chat(subject: Subject, sizes: Sizes) -> Rows:
 
 def harness(subject: Subject, sizes: Sizes) -> Rows:
     """lm-eval on a part of the sample, through our model in its process; and our own scores of the same rows."""
-    from importlib import metadata
-    from importlib.util import find_spec
-
     if find_spec("lm_eval") is None:
         return []
+    from pedro.evaluation.harness.local import LocalModel
+
+    rows = _mmlu_rows(subject, sizes.harness)
+    each, _ = _ranked(subject, rows, chat=False)
+    return [
+        _asked_by_lm_eval(LocalModel, {"backbone": subject.backbone.id}, subject, sizes.harness),
+        _row("MMLU, cloze", "our task, the same rows", wilson(sum(each), len(rows)), len(rows)),
+    ]
+
+
+def endpoint(subject: Subject, sizes: Sizes) -> Rows:
+    """lm-eval on those rows over HTTP, as `lm-eval --model pedro` asks a server, which is started for it."""
+    if not sizes.endpoint or find_spec("lm_eval") is None:
+        return []
+    from jobs.benchmarks.local_server import local_server
+    from pedro.evaluation.harness.endpoint import EndpointModel
+    from pedro.serving.config import ServeConfig
+
+    backbone = subject.backbone
+    config = ServeConfig(backbone=str(backbone.directory), served_name=backbone.id, threads=subject.threads)
+    with local_server(config, lambda _registry, _home: None, lambda _line: None) as local:
+        arguments = {"model": backbone.id, "base_url": f"{local.url}/v1", "api_key": local.key()}
+        return [_asked_by_lm_eval(EndpointModel, arguments, subject, sizes.endpoint, " through the server")]
+
+
+def _asked_by_lm_eval(
+    model_class: Callable[..., HarnessModel], arguments: dict[str, Any], subject: Subject, count: int, how: str = ""
+) -> dict[str, Any]:
     from pedro.evaluation.harness import TASKS
     from pedro.evaluation.harness.run import run_harness
 
     name = "sampled_mmlu_cloze"
     with tempfile.TemporaryDirectory() as folder:
-        rows_from = {"task": "mmlu", "wording": "cloze", "sample": sizes.harness, "data": str(subject.data)}
+        rows_from = {"task": "mmlu", "wording": "cloze", "sample": count, "data": str(subject.data)}
         task = {"include": str(TASKS / "pedro_mmlu_cloze.yaml"), "task": name, "dataset_kwargs": rows_from}
         Path(folder, f"{name}.yaml").write_text(json.dumps(task))  # any JSON is YAML
-        found = run_harness({"backbone": subject.backbone.id}, [name], include_path=Path(folder))
-    rows = _mmlu_rows(subject, sizes.harness)
-    each, _ = _ranked(subject, rows, chat=False)
-    right = round(float(found["tasks"][name]["acc_norm"] or 0) * len(rows))
-    return [
-        _row("MMLU, cloze", f"lm-eval {metadata.version('lm_eval')}", wilson(right, len(rows)), len(rows)),
-        _row("MMLU, cloze", "our task, the same rows", wilson(sum(each), len(rows)), len(rows)),
-    ]
+        found = run_harness(arguments, [name], include_path=Path(folder), model_class=model_class)
+    rows = found["rows"][name]
+    right = round(float(found["tasks"][name]["acc_norm"] or 0) * rows)
+    return _row("MMLU, cloze", f"lm-eval {metadata.version('lm_eval')}{how}", wilson(right, rows), rows)
 
 
 def bbh(subject: Subject, sizes: Sizes) -> Rows:
@@ -181,6 +206,7 @@ PARTS: dict[str, Part] = {
     "mmlu": mmlu,
     "mmlu_chat": mmlu_chat,
     "harness": harness,
+    "endpoint": endpoint,
     "bbh": bbh,
     "gsm8k": gsm8k,
     "wikitext2": wikitext2,

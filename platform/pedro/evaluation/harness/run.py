@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pedro.errors import ConfigError, PedroError
 from pedro.evaluation.harness import TASKS
 from pedro.evaluation.harness.local import LocalModel
 from pedro.evaluation.scoring import finite
+
+if TYPE_CHECKING:
+    from pedro.evaluation.harness.base import HarnessModel
 
 NO_METRICS = ("alias", "name", "sample_len", "sample_count")
 
@@ -30,8 +33,9 @@ def run_harness(
     limit: int | None = None,
     shots: int | None = None,
     chat: bool = False,
+    model_class: Callable[..., HarnessModel] = LocalModel,
 ) -> dict[str, Any]:
-    """Scores of `tasks` (names or patterns) by the `LocalModel` of `arguments`: metrics by task and by group.
+    """Scores of `tasks` (names or patterns) by the `model_class` of `arguments`: metrics by task and by group.
 
     `include_path` is a folder with more task files, ours are known; `chat` asks in the adapter's prompt format. A
     metric that is NaN is None. Raises ConfigError for a task that is unknown or cannot be asked, with the reason.
@@ -41,7 +45,7 @@ def run_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = find_tasks(tasks, include_path)
     _seed()
-    model = LocalModel(**arguments)
+    model = model_class(**arguments)
     with _blamed_on(tasks):
         loaded = manager.load(manager.match_tasks(list(tasks)))
         for name, task in loaded["tasks"].items():
