@@ -68,7 +68,7 @@ FULL = Story(
     (
         StoryPart(SUPPORT, (60,), {**_CHAT, "batch_size": 16}, 24, shots=4),  # each prompt lists 77 labels
         StoryPart(ACME, (10, 30), {**_CHAT, "batch_size": 8}, 40, shots="label"),
-        StoryPart(READER, (12,), {**_CHAT, "batch_size": 8}, 40, shots=2),
+        StoryPart(READER, (24,), {**_CHAT, "batch_size": 8}, 40, shots=2),
     ),
     margin=0.05,
 )
