@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from comparisons import entries_of, printed, result, rows_of, tables_of, whole, write_comparison
 
-from pedro.comparison.figures import grouped
+from pedro.comparison.figures import _legend, grouped
 from pedro.comparison.report import make_report, write_report
 from pedro.comparison.result_model import AVERAGE, Comparison, RunResult
 from pedro.comparison.run_files import read_comparison, write_run
@@ -443,6 +443,17 @@ def test_figures_are_drawn_where_they_apply(made, tmp_path):
     found = of(tmp_path, *(result(label, "sst2", 0, [1, 0], budget=size, parameters=size) for label, size in sizes))
     write_report(make_report(found))
     assert {path.name for path in tmp_path.glob("*.png")} == {"table.png", "budget.png"}
+
+
+def test_a_legend_is_never_wider_than_its_figure():
+    from matplotlib.figure import Figure
+
+    for names, rows in ((["A", "B", "C"], 1), (["PARA (as we understand it)"] * 7, 3)):
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        _legend(figure, [(name, {"color": "black"}) for name in names])
+        (legend,) = figure.legends
+        assert legend.get_window_extent().width <= figure.bbox.width
+        assert -(-len(names) // legend._ncols) == rows
 
 
 def test_scores_by_group_are_drawn_for_tasks_of_a_few_groups_in_their_natural_order(tmp_path):

@@ -367,8 +367,12 @@ def _leftmost(plot: Axes) -> bool:
 
 
 def _legend(figure: Figure, keys: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """One legend below all panels."""
+    """One legend below all panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], label=label, **look) for label, look in keys]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7), frameon=False, fontsize=9)
+    for columns in range(min(len(lines), 7), 0, -1):
+        legend = figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
