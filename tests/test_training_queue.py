@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import random
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from queue_cluster import NODE, Clock, Cluster, ends
@@ -456,18 +458,20 @@ def test_jobs_of_a_tenant_whose_hours_of_training_are_used_up_wait_for_the_next_
     assert store.get_job(second).submission_id == second
 
 
-def test_what_runs_counts_for_a_budget_of_training_with_all_its_workers(store, clock):
+def test_what_runs_counts_for_a_budget_of_training_with_all_its_workers(store, clock, monkeypatch):
+    began = datetime.datetime(2026, 11, 10, tzinfo=datetime.UTC).timestamp()  # no month ends while it runs
+    monkeypatch.setattr("pedro.store.job_queue.time", SimpleNamespace(**{**vars(time), "time": lambda: began}))
     cluster = Cluster({"CPU": 8.0})
     controller = Controller(store, cluster, clock=clock)
     store.set_quota(tenant="acme", training_hours_per_month=4)
     running = queued(store, workers=2)
     controller.round()
     store.update_job(running, status=JobStatus.RUNNING, attempt=1)
-    now = store.get_job(running).started  # of the wall's clock
-    assert used_up(store, now + 1.9 * 3600) == {}
-    assert "the month's budget of 4 hours" in used_up(store, now + 2.1 * 3600)["acme"]
+    assert store.get_job(running).started == began
+    assert used_up(store, began + 1.9 * 3600) == {}
+    assert "the month's budget of 4 hours" in used_up(store, began + 2.1 * 3600)["acme"]
     store.update_job(running, status=JobStatus.SUCCEEDED, attempt=1)
-    assert used_up(store, now + 2.1 * 3600) == {}, "what an ended job trained stands in the ledger"
+    assert used_up(store, began + 2.1 * 3600) == {}, "what an ended job trained stands in the ledger"
 
 
 def test_a_budget_of_training_is_a_tenants_alone(store):
