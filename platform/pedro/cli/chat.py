@@ -36,10 +36,12 @@ def chat(
 
     Example: `PEDRO_API_KEY=sk-pedro-… pedro chat acme.intents "play some jazz"`
     """
+    from pedro.config import Settings
     from pedro.errors import ConfigError
+    from pedro.serving.deploy import find
 
     address = url or os.environ.get("PEDRO_URL")
-    server = None if address else _local_server()
+    server = None if address else find(Settings.from_env())
     with nullcontext(key) if key else _short_lived_key(model, server) as secret:
         base = address or (server and server.url)
         if not base:
@@ -103,13 +105,6 @@ def _short_lived_key(model: str, server: Served | None) -> Iterator[str]:
         yield secret
     finally:
         store.revoke_key(key.id)
-
-
-def _local_server() -> Served | None:
-    from pedro.config import Settings
-    from pedro.serving.deploy import find
-
-    return find(Settings.from_env())
 
 
 def _stream(base: str, key: str, body: dict[str, Any]) -> Iterator[str]:
