@@ -1,4 +1,4 @@
-"""Target 4: arrivals by Poisson against all at once, prefill of many tenants against one's, first token at batch 1.
+"""Arrivals by Poisson against all at once, prefill of many tenants against one's, first token at batch 1.
 
 Poisson arrivals come at 1.2 times the rate that the same round's static run served, so that the engine and not the wait
 for clients bounds the throughput; both count all tokens over the time from the first arrival to the last token.

@@ -1,4 +1,4 @@
-"""Cold start: from the start of a fresh process to the engine's first token, target 6. `main` is that process."""
+"""Cold start: from the start of a fresh process to the engine's first token. `main` is that process."""
 
 from __future__ import annotations
 

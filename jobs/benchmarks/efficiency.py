@@ -1,4 +1,4 @@
-"""The paper's table 3: PEDRO, (IA)³ and LoRA unmerged, beam 1 and 3, tokens per second and peak memory (target 7).
+"""The paper's table 3: PEDRO, (IA)³ and LoRA unmerged, beam 1 and 3, tokens per second and peak memory.
 
 Each engine and method has a process of its own, alone on the device, so that its peak memory is its own; lines of one
 process run in turn, round by round, and ratios are taken within them. `bandwidth_share` says how near decoding at batch

@@ -32,15 +32,15 @@ def _entry(module: str, about: str, *columns: str) -> Benchmark:
 
 
 BENCHMARKS = {
-    "serving": _entry("peers", "tokens per second beside generate(), peft and vLLM (targets 1, 2)", *SERVING_COLUMNS),
+    "serving": _entry("peers", "tokens per second beside generate(), peft and vLLM", *SERVING_COLUMNS),
     "tenants": _entry(
         "tenants",
-        "1 to 10,000 registered adapters, resident and missing (target 3)",
+        "1 to 10,000 registered adapters, resident and missing",
         *("case", "tenants", "draw", "hit_share", "tok_s", "ratio", "ratio_interval", "p99_ms"),
     ),
     "longprompt": _entry(
         "longprompt",
-        "a 2 k-token prompt among decodes (target 5)",
+        "a 2 k-token prompt among decodes",
         *("case", "model", "batch", "tokens", "median_ms", "p99_ms", "longest_ms", "ratio", "ttft_ms"),
     ),
     "stall": _entry(
@@ -85,7 +85,7 @@ BENCHMARKS = {
     ),
     "arrivals": _entry(
         "arrivals",
-        "Poisson arrivals against a static batch; prefill of many tenants against one's (target 4)",
+        "Poisson arrivals against a static batch; prefill of many tenants against one's",
         *("case", "model", "batch", "tenants", "tok_s", "ttft_ms", "ratio", "ratio_interval"),
     ),
     "fairness": _entry(
@@ -98,12 +98,10 @@ BENCHMARKS = {
         "one thread, several and auto beside 0, 1 and 2 busy processes: decoding and prefill",
         *("phase", "model", "batch", "neighbours", "threads", "tok_s", "ratio", "ratio_interval"),
     ),
-    "coldstart": _entry(
-        "coldstart", "a fresh process to its first token (target 6)", "case", "model", "seconds", "interval"
-    ),
+    "coldstart": _entry("coldstart", "a fresh process to its first token", "case", "model", "seconds", "interval"),
     "memory": _entry(
         "memory_growth",
-        "resident memory over 10,000 requests (target 6)",
+        "resident memory over 10,000 requests",
         "case",
         "model",
         "requests",
@@ -112,7 +110,7 @@ BENCHMARKS = {
     ),
     "efficiency": _entry(
         "efficiency",
-        "the paper's table 3: PEDRO, (IA)³, LoRA unmerged, beam 1 and 3 (target 7)",
+        "the paper's table 3: PEDRO, (IA)³, LoRA unmerged, beam 1 and 3",
         *("engine", "adapters", "model", "batch", "tenants", "beams", "tok_s", "decode_tok_s", "peak_gb"),
         *("ratio", "decode_ratio", "bandwidth_share"),
     ),

@@ -1,4 +1,4 @@
-"""A prompt of 2,048 tokens arrives among decodes: target 5. What counts is the time between tokens of the others.
+"""A prompt of 2,048 tokens arrives among decodes. What counts is the time between tokens of the others.
 
 Cases: eight streams alone, and eight streams while the long prompt is read. The ratio is p99 over median of all gaps in
 the streams of a round with the long prompt.

@@ -1,4 +1,4 @@
-"""Memory over 10,000 requests: target 6. Resident set of a process that serves short requests of 64 tenants."""
+"""Memory over 10,000 requests. Resident set of a process that serves short requests of 64 tenants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens per second beside the peers: targets 1, 2 and the time to first token of target 4.
+"""Tokens per second beside the peers, and time to the first token.
 
 Each contender runs the same prompts in turn, round by round (A B A B, every other round backwards), and every ratio is
 taken within a round. Contenders of one engine share its process.

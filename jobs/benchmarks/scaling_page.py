@@ -1,22 +1,21 @@
 """Writes into docs/scaling.md what scaleout.json and scaling.json hold, and draws its figure.
 
-`python -m jobs.benchmarks.scaling_page`, after either was measured anew. What stands between `<!-- measured: NAME -->`
-and `<!-- end -->` is replaced; all else is written by hand.
+`python -m jobs.benchmarks.scaling_page`, after either was measured anew.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
-PAGE, RESULTS, PICTURE = ROOT / "docs" / "scaling.md", ROOT / "jobs" / "results", ROOT / "docs" / "scaling.png"
-BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+from jobs.benchmarks.measured_pages import DOCS, RESULTS, filled, markdown_table
+
+PAGE, PICTURE = DOCS / "scaling.md", DOCS / "scaling.png"
 Result = Mapping[str, Any]
 DRAWN = "Share of calls whose adapter is resident, by placement, by the bound, and while replicas die"
 BEHIND = (
@@ -32,12 +31,11 @@ BEHIND = (
 def written(page: str, scaleout: Result, scaling: Result) -> str:
     """The page with what the results say; an empty one was not made yet."""
 
-    def part(found: re.Match[str]) -> str:
-        name, write = PARTS[found[2]]
+    def part(name: str, write: Callable[[Result], str]) -> str:
         result = scaleout if name == "scaleout" else scaling
-        return found[1] + (write(result) if result else f"Not run yet: `python -m jobs.bench {name}`.") + found[3]
+        return write(result) if result else f"Not run yet: `python -m jobs.bench {name}`."
 
-    return BLOCK.sub(part, page)
+    return filled(page, {part_name: partial(part, *held) for part_name, held in PARTS.items()})
 
 
 def results() -> tuple[Result, Result]:
@@ -70,7 +68,7 @@ def _together(scaleout: Result) -> str:
         lines.append(
             [f"{row['replicas']}", f"{row['tok_s']:.0f}", ratio, of_cores, f"{row['replicas_cpu']:.2f}", *used]
         )
-    return _table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _placed(scaleout: Result) -> str:
@@ -88,7 +86,7 @@ def _placed(scaleout: Result) -> str:
                 *(f"{row['loads']:.0f}", f"{row['tok_s']:.0f}", speed, f"{row['resident']:.0f}"),
             ]
         )
-    return _table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _ratio(value: float, interval: Sequence[float]) -> str:
@@ -106,12 +104,12 @@ def _costs(scaling: Result) -> str:
 def _placements(scaling: Result) -> str:
     rows = [row for row in scaling["rows"] if row["case"] == "placement"]
     lines = [[f"{row['zipf']:g}", row["placement"], *_figures(row)] for row in rows]
-    return f"{_table(('Zipf', 'placed', *BEHIND), lines)}\n\n![{DRAWN}]({PICTURE.name})"
+    return f"{markdown_table(('Zipf', 'placed', *BEHIND), lines)}\n\n![{DRAWN}]({PICTURE.name})"
 
 
 def _bounds(scaling: Result) -> str:
     rows = [row for row in scaling["rows"] if row["case"] == "bound"]
-    return _table(("bound", *BEHIND), [[f"{row['share']:g}", *_figures(row)] for row in rows])
+    return markdown_table(("bound", *BEHIND), [[f"{row['share']:g}", *_figures(row)] for row in rows])
 
 
 def _death(scaling: Result) -> str:
@@ -153,10 +151,6 @@ def _figures(row: Result) -> list[str]:
         f"{row['hot_on']:,}",
         f"{row['held']:,}",
     ]
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
 def figure(scaling: Result, path: Path) -> None:

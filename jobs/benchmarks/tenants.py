@@ -1,4 +1,4 @@
-"""Flat in the number of tenants: target 3. Adapter directories on local disk behind the engine's own pool.
+"""Flat in the number of tenants. Adapter directories on local disk behind the engine's own pool.
 
 Each case has an engine of its own with room for 64 adapters and sees the same load: requests at once, drawn uniformly
 or by Zipf (1/k) from its tenants. Then resident tenants stream while short requests of others arrive, whose adapters
