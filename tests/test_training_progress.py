@@ -8,7 +8,7 @@ import pytest
 from training_runs import LocalReporter, context_for, spec_for
 
 from pedro.training import worker
-from pedro.training.progress import Phase, Progress, read_progress
+from pedro.training.progress import Phase, Progress, clock, read_progress
 
 
 def test_the_lines_of_a_real_training_are_read(tmp_path):
@@ -35,6 +35,7 @@ def test_the_lines_of_a_real_training_are_read(tmp_path):
         (["training 21,320 parameters on 1,400 rows, 1,300 steps"], Progress(Phase.TRAINING, 0, 1300)),
         (["step 650/1,300 · loss 0.512 · 900 tokens/s (9 of answers), 3.0 samples/s · 1:05 left"],
          Progress(Phase.TRAINING, 650, 1300, 65.0)),
+        (["step 10/1,300 · loss 0.512 · 2:01:05 left"], Progress(Phase.TRAINING, 10, 1300, 7265.0)),
         (["trained 900 steps, where validation had stopped improving, in 70 s; scoring"], Progress(Phase.SCORING, 900)),
         (["trained 900 steps in 70 s; scoring", "scored; registering"], Progress(Phase.REGISTERING, 900)),
         (["trained 900 steps in 70 s; scoring", "training 1 parameters on 2 rows, 50 steps"],
@@ -44,6 +45,12 @@ def test_the_lines_of_a_real_training_are_read(tmp_path):
 )  # fmt: skip
 def test_the_last_word_counts_and_other_lines_say_nothing(lines, progress):
     assert read_progress(lines) == progress
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.9, "0:00"), (65.2, "1:05"), (3599, "59:59"), (7265, "2:01:05")])
+def test_a_time_that_is_shown_is_read_again(seconds, shown):
+    assert clock(seconds) == shown
+    assert read_progress([f"step 1/2 · {shown} left"]).left_s == int(seconds)
 
 
 def test_half_of_the_steps_is_half_of_the_bar():

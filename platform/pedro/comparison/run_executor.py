@@ -22,6 +22,7 @@ from pedro.comparison.result_model import FAILED, FINAL, TUNE, RunResult, format
 from pedro.comparison.run_files import write_run
 from pedro.config import Settings
 from pedro.errors import ConfigError, TrainingError
+from pedro.training.progress import clock
 from pedro.training.trainer import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class ProgressReporter:
             scores = ", ".join(format_score(score.value, score.metric) for score in result.scores)
             what = f"validation {_validation(result)} · test {scores or '-'} · {result.seconds:.0f} s"
         count = f"[{len(self.kept) + self.done}/{self.total}]"
-        self.log(f"{count} {plan} · {what} · {_clock(left)} left")
+        self.log(f"{count} {plan} · {what} · {clock(left)} left")
 
 
 class RunExecutor:
@@ -283,7 +284,3 @@ def _validation(result: RunResult) -> str:
     if value is None:
         return "-"
     return f"loss {-value:.3f}" if metric == "loss" else format_score(value, metric)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

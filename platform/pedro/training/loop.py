@@ -18,6 +18,7 @@ import torch
 from pedro.errors import TrainingError
 from pedro.training.batches import ANSWERS, Objective, Rows, RowStream, fetch, passed_tokens, slices, supervised_tokens
 from pedro.training.bilevel import OMEGA, THETA, Alternation, learning_rate
+from pedro.training.progress import clock
 from pedro.training.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
@@ -377,7 +378,7 @@ class MetricsLogger:
     def _line(self, loss: str, rate: str, left: float) -> str:
         dev = f" · dev {self._last_dev:.3f}" if self._last_dev is not None else ""
         step = f"step {self.state.step:,}/{self.plan.steps:,} · {loss}{dev}"
-        return f"{step} · {rate} · {int(left) // 60}:{int(left) % 60:02d} left"
+        return f"{step} · {rate} · {clock(left)} left"
 
 
 def _first(measures: Mapping[str, float]) -> str:

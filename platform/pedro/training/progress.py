@@ -12,7 +12,7 @@ from enum import StrEnum
 
 PLANNED = re.compile(r"^training [\d,]+ parameters on [\d,]+ \w+, (?P<steps>[\d,]+) steps$")
 STEP = re.compile(r"^step (?P<step>[\d,]+)/(?P<steps>[\d,]+) · ")
-LEFT = re.compile(r" · (?P<minutes>\d+):(?P<seconds>\d\d) left$")
+LEFT = re.compile(r" · (?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d\d) left$")
 TRAINED = re.compile(r"^trained (?P<step>[\d,]+) steps")
 SCORED = re.compile(r"^scored; registering")
 
@@ -20,6 +20,13 @@ SCORED = re.compile(r"^scored; registering")
 def say(text: str) -> None:
     """Print a line for a person who reads the job's log."""
     print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """A time for a person, as `read_progress` reads it: 1:05, or 2:01:05 with hours."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Phase(StrEnum):
@@ -58,13 +65,17 @@ def read_progress(lines: Iterable[str]) -> Progress:
             now = Progress(Phase.TRAINING, 0, _number(planned["steps"]))
         elif step := STEP.match(line):
             left = LEFT.search(line)
-            left_s = 60.0 * int(left["minutes"]) + int(left["seconds"]) if left else now.left_s
+            left_s = _seconds(left) if left else now.left_s
             now = Progress(Phase.TRAINING, _number(step["step"]), _number(step["steps"]), left_s)
         elif trained := TRAINED.match(line):
             now = replace(now, phase=Phase.SCORING, step=_number(trained["step"]), left_s=None)
         elif SCORED.match(line):
             now = replace(now, phase=Phase.REGISTERING)
     return now
+
+
+def _seconds(left: re.Match[str]) -> float:
+    return 3600.0 * int(left["hours"] or 0) + 60.0 * int(left["minutes"]) + int(left["seconds"])
 
 
 def _number(text: str) -> int:

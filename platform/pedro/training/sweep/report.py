@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pedro.training.progress import clock
 from pedro.training.sweep.records import Trial, TrialState
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ class SweepProgress:
         counts = ", ".join(f"{count} {state}" for state, count in self._tracker.counts().items() if count)
         best = self._tracker.best
         leader = f" · best so far: trial {best.number}, validation loss {best.loss:.4f}" if best else ""
-        clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-        return f"sweep {self._tracker.spec.name} · {counts} of {self._tracker.planner.total} · {clock}{leader}"
+        return f"sweep {self._tracker.spec.name} · {counts} of {self._tracker.planner.total} · {clock(seconds)}{leader}"
 
 
 def progress_table(tracker: TrialTracker) -> list[str]:
