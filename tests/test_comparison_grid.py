@@ -74,7 +74,7 @@ def play(executor: RunExecutor, value_of=lambda plan: 0.5) -> list:
     ran = []
     executor._begin()
     while executor._queue:
-        plan = executor._queue.popleft()
+        plan = executor._take()
         ran.append(plan)
         executor._ended(plan, finished(plan, value_of(plan)))
     return ran
@@ -241,6 +241,13 @@ def test_final_runs_take_the_learning_rate_that_won_and_repeat_none_of_the_searc
     assert {result.lr for result in shown} == {max(RATES)}
 
 
+def test_a_task_is_whole_before_the_next_ones_search_begins(tmp_path):
+    ran = play(executor_of(spec_of(tasks=[{"task": "banking77"}, {"task": "snips"}]), tmp_path), lambda plan: plan.lr)
+    tasks = [plan.group.task for plan in ran]
+    assert tasks == sorted(tasks)
+    assert {plan.stage for plan in ran[: tasks.count("banking77")]} == {TUNE, FINAL}
+
+
 def test_a_task_may_take_the_learning_rate_of_another(tmp_path):
     tasks = [{"task": "snips"}, {"task": "banking77", "tune_like": "snips"}]
     spec = spec_of(tasks=tasks)
@@ -262,7 +269,7 @@ def test_a_resumed_grid_only_does_what_is_missing(tmp_path):
     executor = executor_of(spec, tmp_path)
     executor._begin()
     for _ in range(3):
-        plan = executor._queue.popleft()
+        plan = executor._take()
         executor._ended(plan, finished(plan, plan.lr))
     kept = {result.id: result for result in read_comparison(tmp_path).runs}
     again = executor_of(spec, tmp_path, kept)

@@ -83,7 +83,7 @@ def test_a_search_that_was_killed_while_it_was_extended_repeats_nothing(tmp_path
     executor._begin()
     done = []
     while len(done) < 7:
-        plan = executor._queue.popleft()
+        plan = executor._take()
         done.append(plan.id)
         executor._ended(plan, finished(plan, plan.lr))
     kept = {run.id: run for run in read_comparison(tmp_path).runs}

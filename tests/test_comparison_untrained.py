@@ -165,7 +165,7 @@ def test_a_search_leaves_the_backbone_alone(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps({"name": spec.name}))
     executor = RunExecutor(spec, RunPlanner(spec, {"snips": "d"}), {}, tmp_path, {})
     executor._begin()
-    queued = [(plan.group.label, plan.stage) for plan in executor._queue]
+    queued = [(plan.group.label, plan.stage) for *_, plan in executor._queue]
     assert queued.count(("Backbone, no examples, likeliest label", "final")) == 1
     assert len(queued) == 3
 

@@ -127,7 +127,8 @@ def figure(held: Mapping[str, Result], path: Path) -> None:
                 and target["unclear"] != clear
             ]
             axes.scatter(
-                *zip(*places, strict=True) if places else ((), ()),
+                [x for x, _ in places],
+                [y for _, y in places],
                 s=28,
                 color=colour if clear else "none",
                 edgecolor=colour,

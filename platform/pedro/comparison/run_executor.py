@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import heappop, heappush
+from itertools import count as counting
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +98,10 @@ class ProgressReporter:
 
 
 class RunExecutor:
-    """Executes the runs of one comparison and keeps them in its folder. `data` are the tasks' rows by `data_key`."""
+    """Executes the runs of one comparison and keeps them in its folder. `data` are the tasks' rows by `data_key`.
+
+    Of what can start, that which the spec names first does, so that its tables fill task by task.
+    """
 
     def __init__(
         self,
@@ -113,7 +118,10 @@ class RunExecutor:
         """Whether any run was made."""
         self._on_result = on_result
         self._shown: set[str] = set()
-        self._queue: deque[PlannedRun] = deque()
+        self._queue: list[tuple[int, int, PlannedRun]] = []
+        """A heap: the group's place in the spec, then when it was queued."""
+        self._places = {group: place for place, group in enumerate(planner.groups)}
+        self._queued = counting()
         self._seen: set[str] = set()
         self._kept: set[str] = set()
         self._waits: dict[RunGroup, list[PlannedRun]] = {}
@@ -162,7 +170,7 @@ class RunExecutor:
         lost = []
         while running or self._queue:
             while idle and self._queue:
-                worker, plan = idle.pop(), self._queue.popleft()
+                worker, plan = idle.pop(), self._take()
                 running[worker.run.remote(plan, shared[plan.data_key], spec)] = (worker, plan)
             (ended, *_), _ = ray.wait(list(running), num_returns=1)
             worker, plan = running.pop(ended)
@@ -174,7 +182,7 @@ class RunExecutor:
                 tries[plan.id] += 1
                 log(f"{plan}: its worker died ({type(error).__name__}), attempt {tries[plan.id]} of {TRIES}")
                 if tries[plan.id] < TRIES:
-                    self._queue.append(plan)
+                    self._push(plan, len(self._places))  # after all others
                 else:
                     lost.append(str(plan))
                 continue
@@ -187,7 +195,7 @@ class RunExecutor:
         return lost
 
     def _begin(self) -> None:
-        """Queue what can start: searches first, since final runs wait for them."""
+        """Queue what can start: searches, since final runs wait for them, and what has no rate to search."""
         for group in self.planner.groups:
             searches = self.planner.tuning(group)
             if searches:
@@ -215,7 +223,13 @@ class RunExecutor:
                 self._keep(mine)
         elif plan.id not in self._seen:
             self._seen.add(plan.id)
-            self._queue.append(plan)
+            self._push(plan, self._places[plan.group])
+
+    def _push(self, plan: PlannedRun, place: int) -> None:
+        heappush(self._queue, (place, next(self._queued), plan))
+
+    def _take(self) -> PlannedRun:
+        return heappop(self._queue)[-1]
 
     def _ended(self, plan: PlannedRun, result: RunResult) -> None:
         self.changed = True
