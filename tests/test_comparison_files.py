@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pedro.cli import app
 from pedro.comparison.report import as_markdown, make_report
-from pedro.comparison.run_files import count_runs, last_change, pack_runs, read_comparison, read_runs, write_run
+from pedro.comparison.run_files import count_runs, held, last_change, pack_runs, read_comparison, read_runs, write_run
 from pedro.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -116,7 +116,22 @@ def test_pedro_compare_packs_and_says_so(folder, tmp_path, monkeypatch):
     assert f"4 runs packed into {folder / 'runs.jsonl'}" in done.stderr
     assert "made: 4 runs, 1 failed" in done.stdout
     made = {"table.txt", "table.md", "table.tex", "table.csv", "table.png", "activations.png", "summary.json"}
-    assert files_of(folder) == {"comparison.json", "runs.jsonl", *made}
+    assert files_of(folder) == {"comparison.json", "runs.jsonl", ".lock", *made}
+
+
+@pytest.mark.parametrize("also", [(), ("--pack",)], ids=["run", "pack"])
+def test_a_folder_in_which_a_comparison_is_at_work_is_refused_and_can_be_read(folder, tmp_path, monkeypatch, also):
+    monkeypatch.setenv("PEDRO_HOME", str(tmp_path / "home"))
+    spec = tmp_path / "made.yaml"
+    spec.write_text(yaml.safe_dump({"name": "made", "tasks": ["snips"], "methods": ["pedro", "lora"]}))
+    before = files_of(folder)
+    with held(folder):
+        done = CliRunner().invoke(app, ["compare", str(spec), "--out", str(folder), *also])
+        assert isinstance(done.exception, ConfigError)
+        assert f"--out: another `pedro compare` is at work in {folder}; let it end" in str(done.exception)
+        assert files_of(folder) == {*before, ".lock"}
+        read = CliRunner().invoke(app, ["compare", str(spec), "--out", str(folder), "--report"])
+        assert read.exit_code == 0, read.output
 
 
 # what is committed

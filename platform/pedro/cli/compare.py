@@ -88,7 +88,7 @@ def compare(
         _efficiency(wanted, out, dry_run, allow_dirty, as_json)
         return
     from pedro.comparison.report import draw_front, make_report, print_report, summarize, write_report
-    from pedro.comparison.run_files import PACKED, folder_of, open_folder, pack_runs, read_named
+    from pedro.comparison.run_files import PACKED, folder_of, held, pack_runs, read_named
 
     settings = Settings.from_env()
     folder = folder_of(wanted.name, settings.home, out)
@@ -96,7 +96,8 @@ def compare(
     if reports:
         if pack:
             read_named(folder, wanted.name)
-            log(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
+            with held(folder):
+                log(f"{pack_runs(folder)} runs packed into {folder / PACKED}")
         if import_peft:
             from pedro.comparison.peft_results import import_results
 
@@ -119,9 +120,9 @@ def compare(
         from pedro.provenance import check_unchanged, code_state
 
         check_unchanged(code_state(), folder, allow_dirty)
-        open_folder(folder)
-        connect(settings, log, attach=True)
-        made = run(wanted, settings, folder, prepared, log)
+        with held(folder):
+            connect(settings, log, attach=True)
+            made = run(wanted, settings, folder, prepared, log)
     for x, y in fronts:
         figure, unbeaten = draw_front(made, x, y)
         log(f"{figure}: no other beats {', '.join(unbeaten)}")

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pedro.comparison.imported import ImportedRun
 from pedro.comparison.result_model import Comparison, RunResult
 from pedro.errors import ConfigError
 
+LOCK = ".lock"
 METADATA, PACKED, IMPORTED = "comparison.json", "runs.jsonl", "imported.json"
 RUNS, EARLIER = "runs", "cells"
 EQUALITIES = ("parameters", "compute", "effort")
@@ -41,6 +43,23 @@ def open_folder(folder: Path) -> None:
         raise ConfigError(
             f"--out: {folder} cannot be written ({reason}); name another folder", param="--out"
         ) from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Nobody else adds runs to the folder or packs them meanwhile. Raises ConfigError, at once, where another process
+    does or where nothing can be written."""
+    from filelock import FileLock, Timeout
+
+    open_folder(folder)
+    try:
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"--out: another `pedro compare` is at work in {folder}; let it end, or name another folder", param="--out"
+        ) from None
+    with lock:
+        yield
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -106,7 +125,7 @@ def pack_runs(folder: Path) -> int:
     """Gather the runs' own files into runs.jsonl, sorted by id, and remove them; the number of runs.
 
     Every run keeps each key and value that its file had. Raises ConfigError where there are none, or where one cannot
-    be read: then nothing is changed. Not while the comparison runs.
+    be read: then nothing is changed. For who holds the folder.
     """
     folder = Path(folder)
     stored, problems = _stored(folder)
