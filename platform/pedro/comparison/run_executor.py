@@ -92,7 +92,8 @@ class ProgressReporter:
             what = f"failed: {result.message}"
         else:
             scores = ", ".join(format_score(score.value, score.metric) for score in result.scores)
-            what = f"validation {_validation(result)} · test {scores or '-'} · {result.seconds:.0f} s"
+            spent_on_it = result.seconds or result.scoring_seconds  # the bare backbone does not train
+            what = f"validation {_validation(result)} · test {scores or '-'} · {spent_on_it:.0f} s"
         count = f"[{len(self.kept) + self.done}/{self.total}]"
         self.log(f"{count} {plan} · {what} · {clock(left)} left")
 
