@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class LocalConnection:
     """Conforms to `pedro.serving.protocol.ReplicaConnection`.
 
-    `lost` set: the replica is gone; `broken` breaks the stream once.
+    `lost` set: the replica is gone, by itself after `lost_after` more batches that hold anything; `broken` breaks the
+    stream once.
     """
 
     def __init__(self, replica: ReplicaServer) -> None:
         self.replica = replica
         self.lost = asyncio.Event()
         self.broken = asyncio.Event()
+        self.lost_after: int | None = None
         self.streams = 0
         self.batches: list[OutputBatch] = []
         self.submits: list[tuple[int, int]] = []  # requests and cancellations of each
@@ -45,8 +47,13 @@ class LocalConnection:
                         if not task.done():
                             task.cancel()
                     await asyncio.gather(following, *breaks, return_exceptions=True)
-                self.batches.append(following.result())
-                yield following.result()
+                batch = following.result()
+                self.batches.append(batch)
+                if self.lost_after is not None and batch.parts:
+                    self.lost_after -= 1
+                    if not self.lost_after:
+                        self.lost.set()
+                yield batch
 
     async def submit(self, stream_id: str, requests: list[SubmitRequest], cancelled: list[int]) -> None:
         self._check()
