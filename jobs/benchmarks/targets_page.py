@@ -151,9 +151,10 @@ def figure(held: Mapping[str, Result], path: Path) -> None:
 
 def abouts() -> dict[str, str]:
     """What each benchmark measures, as `python -m jobs.bench --help` says it."""
-    from jobs.bench import benchmarks
+    from jobs.benchmarks.engine_benchmarks import BENCHMARKS
+    from jobs.benchmarks.server_benchmarks import SERVER_BENCHMARKS
 
-    return {name: benchmark.about for name, benchmark in benchmarks().items()}
+    return {name: benchmark.about for name, benchmark in {**BENCHMARKS, **SERVER_BENCHMARKS}.items()}
 
 
 def main() -> None:
