@@ -1,5 +1,7 @@
 """The page of targets: verdicts, what is said of each benchmark, and the figure."""
 
+import math
+
 import pytest
 
 from jobs.benchmarks.report import BenchmarkReport, Target, exactly
@@ -29,6 +31,8 @@ def test_a_target_says_how_far_from_it_its_figure_is_and_whether_it_is_kept():
     assert better_than_wanted(speed) == 1.5
     assert better_than_wanted(seconds) == pytest.approx(10 / 12)
     assert better_than_wanted(failed) is None
+    assert better_than_wanted(Target("none answered", 2.0, exactly(0)).as_dict()) == 0
+    assert better_than_wanted(Target("none leaked", 4.0, exactly(0), at_most=True).as_dict()) == math.inf
 
 
 def test_the_page_lists_every_target_and_those_that_are_not_met_apart(tmp_path):

@@ -134,6 +134,12 @@ def test_a_folder_in_which_a_comparison_is_at_work_is_refused_and_can_be_read(fo
         assert read.exit_code == 0, read.output
 
 
+def test_a_lock_that_cannot_be_taken_is_a_clear_error(folder):
+    (folder / ".lock").mkdir()
+    with pytest.raises(ConfigError, match=r"--out: .* cannot be written \(.*\); name another folder"), held(folder):
+        pass
+
+
 # what is committed
 
 

@@ -99,12 +99,14 @@ def _figure(value: float) -> str:
 
 
 def better_than_wanted(target: Result) -> float | None:
-    """How many times better than its target a figure is, None where the target is 0 or the figure is."""
+    """How many times better than its target a figure is, from 0 to infinity; None where the target is 0."""
     side, text = target["target"].split()
     bound, value = float(text), float(target["value"])
-    if bound <= 0 or value <= 0:
+    if bound <= 0:
         return None
-    return bound / value if side == "<=" else value / bound
+    if side == ">=":
+        return max(value, 0.0) / bound
+    return bound / value if value > 0 else math.inf
 
 
 def figure(held: Mapping[str, Result], path: Path) -> None:

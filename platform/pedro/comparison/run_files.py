@@ -39,10 +39,12 @@ def open_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ConfigError(
-            f"--out: {folder} cannot be written ({reason}); name another folder", param="--out"
-        ) from error
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or type(error).__name__
+    return ConfigError(f"--out: {folder} cannot be written ({reason}); name another folder", param="--out")
 
 
 @contextmanager
@@ -58,6 +60,8 @@ def held(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"--out: another `pedro compare` is at work in {folder}; let it end, or name another folder", param="--out"
         ) from None
+    except OSError as error:  # another user's lock
+        raise _not_writable(folder, error) from error
     with lock:
         yield
 
