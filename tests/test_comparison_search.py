@@ -87,10 +87,13 @@ def test_a_search_that_was_killed_while_it_was_extended_repeats_nothing(tmp_path
         done.append(plan.id)
         executor._ended(plan, finished(plan, plan.lr))
     kept = {run.id: run for run in read_comparison(tmp_path).runs}
-    ran = play(executor_of(spec, tmp_path, kept), lambda plan: plan.lr)
+    resumed = executor_of(spec, tmp_path, kept)
+    ran = play(resumed, lambda plan: plan.lr)
     assert not set(done) & {plan.id for plan in ran}
     whole = {run.id: run for run in read_comparison(tmp_path).runs}
     assert len(whole) == 2 * (5 + 1), "three values, two beyond, and the second seed"
+    assert executor.planner.count() == len(whole) - 2 * 2
+    assert resumed.total == len(whole), "what is left is counted with those beyond"
     assert play(executor_of(spec, tmp_path, whole), lambda plan: plan.lr) == []
 
 

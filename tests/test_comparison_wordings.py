@@ -32,7 +32,7 @@ def ids_of(spec, folder, lrs) -> set[str]:
     return {plan.id for group in planner.groups for lr in lrs for plan in planner.finals(group, lr)}
 
 
-@pytest.mark.parametrize("name", ["nano_table5", "nano_table4", "nano_context"])
+@pytest.mark.parametrize("name", ["nano_table4", "nano_variants", "nano_context"])
 def test_a_committed_run_is_named_as_its_spec_names_it_today(name, tmp_path, monkeypatch):
     monkeypatch.delenv("PEDRO_TASK_DATA", raising=False)
     spec = load_comparison_spec(ROOT / f"jobs/configs/{name}.yaml")

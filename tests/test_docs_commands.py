@@ -20,7 +20,7 @@ from docs_pages import PAGES, ROOT, Block, blocks, name_of
 from pedro.cluster import free_port
 
 GUARD_S = 1500  # against a command that never ends
-REPRINTED = ("nano_table5",)  # results that a page prints again, and so writes
+REPRINTED = ("nano_rivals_template",)  # results that a page prints again, and so writes
 
 
 def pages_with(mark: str) -> list[Path]:

@@ -152,6 +152,7 @@ def test_what_holds_where_is_what_the_comparisons_found():
     folders = {
         ("64", "bare"): "nano_table1",
         ("192", "bare"): "nano_table1_pedro_nano",
+        ("192", "template"): "nano_rivals_template",
         ("576", "template"): "smollm2_table1",
     }
     shown = set()
@@ -166,9 +167,6 @@ def test_what_holds_where_is_what_the_comparisons_found():
                     f"{width}, {other}, {task}"
                 )
     assert len(shown) == 2 * len(folders)
-    page = " ".join(PAGE.read_text().split())
-    for name, _, cell in table(RESULTS / "nano_table1_template" / "table.md"):
-        assert f"{name} {figure(cell)}" in page
 
 
 def test_the_table_on_a_language_model_is_what_its_runs_scored_and_forgot():
@@ -182,6 +180,36 @@ def test_the_table_on_a_language_model_is_what_its_runs_scored_and_forgot():
     assert table(PAGE, "### On SmolLM2-135M") == wanted
     runs = (RESULTS / "smollm2_table1" / "runs.jsonl").read_text().splitlines()
     assert f"table.md), {len(runs)} runs." in PAGE.read_text()
+
+
+def test_what_each_budget_of_parameters_scores_is_what_was_measured():
+    folder, wanted = RESULTS / "smollm2_figure3", []
+    for budget in ("300,000", "600,000", "1,200,000", "2,400,000"):
+        rows = table(folder / "table.md", f"budget {budget} parameters**")
+        wanted.append([budget, *(figure(cell) for _, _, cell in rows)])
+        assert [name for name, *_ in rows] == ["PEDRO", "LoRA", "(IA)³"]
+    section = "### Score against trained parameters on SmolLM2"
+    assert table(PAGE, section) == wanted
+    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    final = [run for run in runs if run["stage"] == "final"]
+    at_cap = [run for run in final if run["best_step"] == run["steps"] == 100]
+    said = " ".join(PAGE.read_text().partition(section)[2].partition("\n### ")[0].split())
+    assert f"table.md), {len(runs)} runs)" in said
+    assert f"All {len(final)} runs met the cap of 100 steps, {len(at_cap)} of them" in said
+
+
+def test_the_leaders_of_pefts_comparison_are_what_their_runs_scored_forgot_and_cost():
+    file, section = RESULTS / "nano_rivals_template" / "table.md", "### The leaders of PEFT's comparison"
+    costs = {name: cells for name, *cells in table(file, "served and forgotten")}
+    wanted = []
+    for name, parameters, *scores, _ in table(file):
+        saved, served, perplexity, _ = costs[name]
+        forgot = float(perplexity.split()[0].replace(",", ""))
+        speed = served.split()[0].replace("n/a", "–")
+        wanted.append([name, parameters, *map(figure, scores), f"{forgot:,.0f}", saved, speed])
+    assert table(PAGE, section) == wanted
+    runs = (file.parent / "runs.jsonl").read_text().splitlines()
+    assert f"table.md), {len(runs)} runs)" in PAGE.read_text().partition(section)[2]
 
 
 def test_why_pedro_trails_is_what_the_variants_scored_and_forgot():

@@ -73,7 +73,6 @@ class RunWorker:
 class ProgressReporter:
     """What is done, and how long the rest will take."""
 
-    total: int
     kept: set[str]
     """Runs of this comparison that were done before; more of them are found as learning rates are chosen."""
     log: Log
@@ -81,20 +80,19 @@ class ProgressReporter:
     failed: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def ended(self, plan: PlannedRun, result: RunResult) -> None:
-        """One line for a run that ended."""
+    def ended(self, plan: PlannedRun, result: RunResult, total: int) -> None:
+        """One line for a run that ended, of as many as are known to be wanted."""
         self.done += 1
         self.failed += result.state == FAILED
         spent = time.monotonic() - self.started
-        self.total = max(self.total, len(self.kept) + self.done)  # searches were extended
-        left = (self.total - len(self.kept) - self.done) * spent / self.done
+        left = (total - len(self.kept) - self.done) * spent / self.done
         if result.state == FAILED:
             what = f"failed: {result.message}"
         else:
             scores = ", ".join(format_score(score.value, score.metric) for score in result.scores)
             spent_on_it = result.seconds or result.scoring_seconds  # the bare backbone does not train
             what = f"validation {_validation(result)} · test {scores or '-'} · {spent_on_it:.0f} s"
-        count = f"[{len(self.kept) + self.done}/{self.total}]"
+        count = f"[{len(self.kept) + self.done}/{total}]"
         self.log(f"{count} {plan} · {what} · {clock(left)} left")
 
 
@@ -114,6 +112,8 @@ class RunExecutor:
         on_result: Callable[[RunResult], None] = lambda _result: None,
     ) -> None:
         self.spec, self.planner, self.data, self.folder = spec, planner, data, folder
+        self.total = planner.count()
+        """Of runs, done or not; more where a search goes on beyond the values of the spec."""
         self.results = dict(kept)
         self.changed = False
         """Whether any run was made."""
@@ -133,9 +133,7 @@ class RunExecutor:
         self._begin()
         for backbone in self.spec.backbones if self._queue else ():
             offer_backbone(settings, backbone, log)
-        lost = (
-            self._drain(settings, log, ProgressReporter(self.planner.count(), self._kept, log)) if self._queue else []
-        )
+        lost = self._drain(settings, log, ProgressReporter(self._kept, log)) if self._queue else []
         if lost:
             raise TrainingError(
                 f"{self.spec.name}: {len(lost)} runs were lost with their workers {TRIES} times, first {lost[0]}; "
@@ -160,7 +158,7 @@ class RunExecutor:
                 )
             log(f"{missing}; waiting for one that has it (ask for less if none will come)")
         count = min(self.spec.concurrency or capacity(self.spec), len(self._queue))
-        log(f"{progress.total} runs, {len(progress.kept)} of them done before; {count} at a time")
+        log(f"{self.total} runs, {len(progress.kept)} of them done before; {count} at a time")
         needs = {"num_cpus": self.spec.resources.cpus, "num_gpus": self.spec.resources.gpus}
         kind: Any = ray.remote(**needs)(RunWorker)  # type: ignore[call-overload]
         new_worker = partial(kind.remote, settings.env_of_workers(), max(1, int(self.spec.resources.cpus)))
@@ -190,7 +188,7 @@ class RunExecutor:
             idle.append(worker)
             write_rows(self.folder, plan.id, rows)
             self._ended(plan, result)
-            progress.ended(plan, result)
+            progress.ended(plan, result, self.total)
         for worker in idle:
             ray.kill(worker)
         return lost
@@ -254,6 +252,7 @@ class RunExecutor:
             runs = [self.results[plan.id] for plan in trials]
             following = next_rate(runs, tune)
             if following is not None:
+                self.total += 1
                 trials.append(self.planner.trial(group, following))
                 self._enqueue(trials[-1])
                 continue
