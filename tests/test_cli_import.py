@@ -10,7 +10,7 @@ import fsspec
 import pytest
 import torch
 from cli_commands import command_runner
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, MissConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from serving_adapters import backbone, settings_at
 
@@ -22,6 +22,7 @@ CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_rslora=True),
     "alora": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
     "loreft": ReftConfig(r=2, task_type="CAUSAL_LM"),
+    "miss": MissConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
 }
 
@@ -199,10 +200,12 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
     ):
         save_file({k: change(v) for k, v in load_file(stock / "lora" / WEIGHTS).items()}, bad(what) / WEIGHTS)
         one_error(imported(pedro, tmp_path / what), said)
-    tensors = load_file(stock / "lora" / WEIGHTS)
-    stray = {key.replace("q_proj", "k_proj"): torch.zeros(tensor.shape) for key, tensor in tensors.items()}
-    save_file({**tensors, **stray}, bad("stray") / WEIGHTS)
-    one_error(imported(pedro, tmp_path / "stray"), "k_proj.lora_A", "does not name")
+    for kind, part in (("miss", "k_proj.miss_block"), ("lora", "k_proj.lora_A")):
+        tensors = load_file(stock / kind / WEIGHTS)
+        stray = {key.replace("q_proj", "k_proj"): torch.zeros(tensor.shape) for key, tensor in tensors.items()}
+        shutil.copytree(stock / kind, tmp_path / f"stray-{kind}")
+        save_file({**tensors, **stray}, tmp_path / f"stray-{kind}" / WEIGHTS)
+        one_error(imported(pedro, tmp_path / f"stray-{kind}"), part, "does not name")
     wide = {"r": 100_000}
     config = json.loads((bad("huge") / CONFIG).read_text())
     (tmp_path / "huge" / CONFIG).write_text(json.dumps(config | wide))

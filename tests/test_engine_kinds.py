@@ -30,12 +30,13 @@ KINDS = {
     "melora": ("melora", {"r": 3, "n": 2}),
     "lora-dash": ("lora-dash", {"r": 4, "directions": 3}),
     "lorta": ("lorta", {"r": 8}),
+    "miss": ("miss", {"r": 5}),  # a divisor of no width
     "loreft": ("loreft", {"positions": "f2+l1"}),
     "direft": ("loreft", {"direct": True, "shared": False, "positions": "f1+l2", "layers": [0, 2]}),
     "grouped": ("pedro", {"group_size": "head", "pool": "mean", "window": 3}),
     "by-layer": ("pedro", {"r": [4, 6, 12], "orders": [[4, 3], [6, 5], [2, 2]]}),
 }
-STAY = ("lora", "adalora", "ssp", "melora", "lora-dash", "lorta", "loreft")
+STAY = ("lora", "adalora", "ssp", "melora", "lora-dash", "lorta", "miss", "loreft")
 BACKBONES = {
     "llama": ("native", "torch"),
     "qwen2": ("native",),  # its q, k and v have biases
@@ -47,7 +48,7 @@ BACKBONES = {
     "gpt2": ("torch",),
 }
 CASES = [(kind, kernel) for kind, kernels in BACKBONES.items() for kernel in kernels]
-UNSERVED = {("gpt2", "ia3"), ("gpt_neox", "ia3")}  # after an ungated MLP's activation
+UNSERVED = {("gpt2", "ia3"), ("gpt_neox", "ia3"), ("gpt2", "miss")}  # ungated MLPs; of PEFT for linear layers alone
 
 
 @pytest.mark.parametrize(("model_type", "kernel"), CASES)

@@ -92,7 +92,7 @@ def test_the_capability_table_lists_every_method_with_its_count():
     assert listed["full"]["trained_parameters"] == 6_738_415_616
     assert {name for name, entry in listed.items() if entry["mixed_batches"]} == {
         *(name for name in METHODS if name.startswith("pedro")),
-        *("para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "melora", "lora-dash", "lorta", "loreft"),
+        *("para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "melora", "lora-dash", "lorta", "miss", "loreft"),
     }
 
 

@@ -26,6 +26,7 @@ PACK = {
     "red",
     "houlsby",
     "lorta",
+    "miss",
     "loreft",
     "lpt",
     "p-tuning-v2",

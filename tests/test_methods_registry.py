@@ -11,7 +11,7 @@ from pedro.methods import METHODS, count_parameters, get_method
 PEDROS = ["pedro", *(f"pedro-{n}" for n in range(1, 8))]
 TUNERS = ["para", "lora", "ia3", "bitfit", "red", "adalora", "ssp", "houlsby", "learned-adapter", "p-tuning-v2", "lpt"]
 TUNERS += ["loreft"]
-FIELD = ["melora", "lora-dash", "lorta", "gift", "ether", "ether-plus", "sibo", "mode", "loretta"]
+FIELD = ["melora", "lora-dash", "lorta", "miss", "gift", "ether", "ether-plus", "sibo", "mode", "loretta"]
 ALL = [*PEDROS, *TUNERS, *FIELD, "peft", "full"]
 SMALL = {
     "p-tuning-v2": {"tokens": 4},
@@ -108,6 +108,10 @@ def test_every_method_runs_on_every_backbone(name, model_type):
         with pytest.raises(BackboneError, match="sliding windows"):
             get_method(name).apply(tiny_backbone(model_type), SMALL[name])
         return
+    if (name, model_type) == ("miss", "gpt2"):
+        with pytest.raises(BackboneError, match="gpt2's are of another kind; take lora"):
+            get_method(name).apply(tiny_backbone(model_type))
+        return
     model = get_method(name).apply(tiny_backbone(model_type), SMALL.get(name)).train()
     model(**batch()).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -191,6 +195,7 @@ def test_counting_leaves_out_bias_vectors_when_asked():
         ("pedro", {"r": 10**30}, r"method\.r: expected at most 1,000,000, got 1000"),
         ("pedro", {"r": [1, 2, 10**7]}, r"method\.r: expected at most 1,000,000, got 10000000"),
         ("lora", {"alpha": 10**400}, r"method\.alpha: expected at most 1,000,000"),
+        ("miss", {"r": 33}, r"method\.r: expected at most 32, the backbone's width, got 33"),
         ("sibo", {"targets": 5}, r"method\.targets: expected a list of names, got 5"),
         ("lorta", {"targets": "qo"}, r"method\.targets: expected a list of names, got 'qo'"),
         ("loretta", {"targets": {"q": 1}}, r"method\.targets: expected a list of names"),

@@ -17,7 +17,7 @@ from pedro.methods.reader import ROOT
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-PARTS = (".lora_", ".ia3_l")  # what follows a module's path in the names of its tensors
+PARTS = (".lora_", ".ia3_l", ".miss_block")  # what follows a module's path in the names of its tensors
 
 
 def check_named(config: PeftConfig, names: Collection[str]) -> None:

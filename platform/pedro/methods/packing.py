@@ -21,6 +21,7 @@ from peft import PrefixTuningConfig
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.ia3 import IA3Model
 from peft.tuners.lora import LoraModel
+from peft.tuners.miss import MissModel
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -30,7 +31,7 @@ from pedro.cpu_attention import NAME as FLOAT32
 
 NAME = "pedro_packed"
 CHECKPOINTING = "gradient_checkpointing"  # what transformers sets in modules that it repeats
-TOKENWISE = (LoraModel, AdaLoraModel, IA3Model)  # of PEFT's tuners; ours say so themselves (`BlockTuner.packs`)
+TOKENWISE = (LoraModel, AdaLoraModel, IA3Model, MissModel)  # of PEFT's tuners; ours say so (`BlockTuner.packs`)
 WIDTH = 256  # of a model: in a narrower one what is saved is no more than what packing takes
 SAVED = 0.05  # of a batch's tokens: less is not worth a packed pass
 

@@ -31,6 +31,7 @@ MODULES = (  # of this package, in the order of every table; each holds a METHOD
     "low_rank.melora",
     "low_rank.lora_dash",
     "low_rank.lorta",
+    "miss",
     "low_rank.gift",
     "ether",
     "sibo",
