@@ -106,7 +106,6 @@ def write_comparison(folder: Path, results: Sequence[RunResult], **metadata: obj
             "tune": {"lr": [0.001, 0.003, 0.01, 0.03], "seed": 0, "once": False},
         },
         "paper": None,
-        "seconds": 1234.5,
         "provenance": provenance(),
         **metadata,
     }

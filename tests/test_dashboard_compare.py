@@ -97,7 +97,7 @@ def test_the_table_is_the_one_that_pedro_compare_prints_number_by_number(page, m
     numbers_agree(seen, printed(read_comparison(made / "comparisons" / "tiny_table1"), width=10_000))
 
 
-@pytest.mark.parametrize("name", ["nano_table1", "nano_table4", "nano_figure3_pedro_nano"])
+@pytest.mark.parametrize("name", ["nano_table1", "nano_table4", "nano_figure3_template"])
 def test_a_committed_comparison_is_shown_as_it_was_printed(page, tmp_path, name):
     shown = page(tmp_path / "home", comparison=f"results/{name}")
     seen = [row for row in shown_rows(shown) if row[0] != "method"]

@@ -182,20 +182,32 @@ def test_the_table_on_a_language_model_is_what_its_runs_scored_and_forgot():
     assert f"table.md), {len(runs)} runs." in PAGE.read_text()
 
 
-def test_what_each_budget_of_parameters_scores_is_what_was_measured():
-    folder, wanted = RESULTS / "smollm2_figure3", []
-    for budget in ("300,000", "600,000", "1,200,000", "2,400,000"):
+@pytest.mark.parametrize(
+    ("name", "section", "column", "budgets"),
+    [
+        ("smollm2_figure3", "SmolLM2-135M", 0, ("300,000", "600,000", "1,200,000", "2,400,000")),
+        ("nano_figure3_template", "pedro-nano", 1, ("14,000", "28,000", "55,000", "110,000")),
+    ],
+)
+def test_what_each_budget_of_parameters_scores_is_what_was_measured(name, section, column, budgets):
+    folder, wanted = RESULTS / name, []
+    for budget in budgets:
         rows = table(folder / "table.md", f"budget {budget} parameters**")
-        wanted.append([budget, *(figure(cell) for _, _, cell in rows)])
-        assert [name for name, *_ in rows] == ["PEDRO", "LoRA", "(IA)³"]
-    section = "### Score against trained parameters on SmolLM2"
+        wanted.append([budget, *(figure(cells[column]) for _, _, *cells in rows)])
+        assert [label for label, *_ in rows] == ["PEDRO", "LoRA", "(IA)³"]
+    section = f"### Score against trained parameters on {section}\n"
     assert table(PAGE, section) == wanted
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     final = [run for run in runs if run["stage"] == "final"]
-    at_cap = [run for run in final if run["best_step"] == run["steps"] == 100]
+    cap = json.loads((folder / "comparison.json").read_text())["spec"]["training"]["max_steps"]
+    capped = [run for run in final if run["steps"] == cap]
+    at_cap = [run for run in capped if run["best_step"] == cap]
     said = " ".join(PAGE.read_text().partition(section)[2].partition("\n### ")[0].split())
     assert f"table.md), {len(runs)} runs)" in said
-    assert f"All {len(final)} runs met the cap of 100 steps, {len(at_cap)} of them" in said
+    if len(capped) == len(final):
+        assert f"All {len(final)} runs met the cap of {cap} steps, {len(at_cap)} of them" in said
+    else:
+        assert f"{len(capped)} of the {len(final)} runs met the cap" in said
 
 
 def test_the_leaders_of_pefts_comparison_are_what_their_runs_scored_forgot_and_cost():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +78,14 @@ def compare(
 
     Raises TrainingError for runs that were lost; what was done is kept, and the same call resumes from there.
     """
-    started = time.monotonic()
     before = read_named(folder, spec.name).metadata
     baseline = spec.baseline or spec.labels[0]
     open_folder(folder)
 
     def write_metadata(changed: bool) -> None:
         """comparison.json, where runs were made or the spec says something else than before."""
-        seconds = float(before.get("seconds") or 0.0) + time.monotonic() - started
-        metadata = json.loads(json.dumps(_metadata(spec, seconds, baseline, provenance())))
-        if changed or any(metadata[key] != before.get(key) for key in metadata.keys() - {"seconds", "provenance"}):
+        metadata = json.loads(json.dumps(_metadata(spec, baseline, provenance())))
+        if changed or any(metadata[key] != before.get(key) for key in metadata.keys() - {"provenance"}):
             _write(folder / METADATA, metadata)
 
     write_metadata(not before)  # so that a killed comparison's report goes by this spec
@@ -104,7 +101,7 @@ def compare(
     return report
 
 
-def _metadata(spec: ComparisonSpec, seconds: float, baseline: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(spec: ComparisonSpec, baseline: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """comparison.json."""
     return {
         "schema": 1,
@@ -115,7 +112,6 @@ def _metadata(spec: ComparisonSpec, seconds: float, baseline: str, provenance: M
         "labels": spec.labels,
         "spec": json.loads(spec.model_dump_json()),
         "paper": spec.paper,
-        "seconds": round(seconds, 1),
         "provenance": dict(provenance),
     }
 

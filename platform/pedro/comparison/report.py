@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pedro.comparison import renderers
 from pedro.comparison.result_model import (
     SCHEMA,
+    TUNE,
     Comparison,
     Difference,
     Paper,
@@ -127,7 +128,7 @@ def summarize(report: ComparisonReport) -> dict[str, Any]:
         "equal": comparison.equal,
         "baseline": comparison.baseline,
         "runs": {"finished": finished, "failed": len(runs) - finished, "left_out": report.selection.left_out},
-        "seconds": comparison.metadata.get("seconds"),
+        "worker_seconds": round(comparison.worker_seconds, 1),
         "tables": [_as_dict(table) for table in report.tables],
         "notes": _notes(report)[1],
         "paper": comparison.metadata.get("paper") if report.paper else None,
@@ -178,8 +179,10 @@ def _headline(report: ComparisonReport) -> str:
     metadata, runs = report.comparison.metadata, report.selection.runs
     failed = sum(not run.finished for run in runs)
     parts = [f"{report.comparison.name}: {len(runs)} runs" + (f", {failed} failed" if failed else "")]
-    if seconds := metadata.get("seconds"):
-        parts.append(f"{float(seconds) / 60:.0f} minutes")
+    if searched := sum(run.stage == TUNE for run in report.comparison.runs):
+        parts[0] += f", {searched} more to find learning rates"
+    if seconds := report.comparison.worker_seconds:
+        parts.append(f"{seconds / 60:,.0f} worker-minutes")
     if commit := (metadata.get("provenance") or {}).get("commit"):
         parts.append(f"commit {commit[:12]}{'+' * commit.endswith('+')}")
     return " · ".join(parts)

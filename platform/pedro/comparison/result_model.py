@@ -173,6 +173,11 @@ class Comparison:
     imported: tuple[ImportedRun, ...] = ()
     """Results of others, shown beside."""
 
+    @property
+    def worker_seconds(self) -> float:
+        """What workers spent on training and scoring, in seconds, the runs that found learning rates included."""
+        return sum(run.seconds + run.scoring_seconds for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -248,5 +248,5 @@ def write_text(path: Path, text: str) -> None:
 _METADATA_KINDS: dict[str, tuple[Any, str]] = {
     **{key: (str, "text") for key in ("name", "title", "baseline")},
     **{key: (dict, "an object") for key in ("spec", "provenance")},
-    **{"labels": (list, "a list"), "seconds": ((int, float), "a number")},
+    "labels": (list, "a list"),
 }
