@@ -280,6 +280,16 @@ def test_a_resumed_grid_only_does_what_is_missing(tmp_path):
     assert play(executor_of(spec, tmp_path, whole)) == []
 
 
+def test_a_dry_run_counts_as_done_what_this_spec_wants_of_a_folder(tmp_path):
+    spec = spec_of()
+    play(executor_of(spec, tmp_path), lambda plan: plan.lr)
+    kept = {result.id: result for result in read_comparison(tmp_path).runs}
+    assert planner_of(spec).count_done(kept) == len(kept) == planner_of(spec).count()
+    assert planner_of(spec_of(training={**TINY["training"], "max_steps": 5})).count_done(kept) == 0
+    assert planner_of(spec).count_done({}) == 0
+    assert planner_of(spec_of(tune=None)).count_done({}) == 0
+
+
 def test_a_folder_that_cannot_be_gone_on_with_is_refused_and_a_broken_run_is_done_again(tmp_path):
     spec, settings, told = spec_of(tune=None), Settings.from_env({"PEDRO_HOME": str(tmp_path / "home")}), []
     folder = tmp_path / "out"

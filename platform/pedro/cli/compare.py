@@ -160,7 +160,7 @@ def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path,
         if not group.untrained:
             trained = f"{count_parameters_of(group.method, json.dumps(options, sort_keys=True), group.backbone):,}"
         rows.append([group.label, group.task, group.backbone, group.budget or "-", trained])
-    done = len(prepared.kept)
+    done = planner.count_done(prepared.kept)
     shown: dict[str, Any] = {
         "name": spec.name,
         "runs": planner.count(),
@@ -173,7 +173,8 @@ def _show_plan(spec: ComparisonSpec, prepared: PreparedComparison, folder: Path,
         table(["method", "task", "backbone", "budget", "trained parameters"], rows)
         searched = f", learning rate from {', '.join(f'{lr:g}' for lr in spec.tune.lr)}" if spec.tune else ""
         searched += f" and up to {spec.tune.extend} values beyond" if spec.tune and spec.tune.extend else ""
-        typer.echo(f"{spec.name}: {planner.count()} runs, {done} done; seeds {list(spec.seeds)}{searched}")
+        least = "at least " if spec.tune and spec.tune.extend else ""
+        typer.echo(f"{spec.name}: {least}{planner.count()} runs, {done} done; seeds {list(spec.seeds)}{searched}")
 
     emit(shown, as_json, show)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pedro.backbone import load_config, resolve_backbone
 from pedro.comparison.data import has_chat_template
-from pedro.comparison.result_model import BACKBONE, BUDGET_TOLERANCE, FINAL, TUNE
+from pedro.comparison.result_model import BACKBONE, BUDGET_TOLERANCE, FINAL, TUNE, RunResult
 from pedro.comparison.spec import SIZES, ComparisonSpec, MethodChoice, TaskChoice, data_key, label_of
 from pedro.comparison.untrained import Untrained
 from pedro.data.general_text import text_digest
@@ -130,6 +130,17 @@ class RunPlanner:
             return finals
         shared = self.spec.tune.seed in self.spec.seeds
         return finals + sum(map(self._searches, self.groups)) * (len(self.spec.tune.lr) - shared)
+
+    def count_done(self, kept: Mapping[str, RunResult]) -> int:
+        """How many runs of a folder this spec wants, whichever of their learning rates it will choose."""
+        rates = {result.lr for result in kept.values() if not math.isnan(result.lr)}
+        wanted = set()
+        for group in self.groups:
+            plans = self.finals(group, None) if group.untrained or self.spec.tune is None else []
+            if self.spec.tune is not None and not group.untrained:
+                plans = [plan for lr in rates for plan in [self.trial(group, lr), *self.finals(group, lr)]]
+            wanted |= {plan.id for plan in plans}
+        return len(wanted & kept.keys())
 
     def _searches(self, group: RunGroup) -> bool:
         """Whether the group searches a learning rate of its own."""
