@@ -101,7 +101,6 @@ def add_comparison(folder: Path, name: str = "tiny_table1", budgets: tuple[int |
             "budgets": None if budgets == (None,) else list(budgets),
         },
         "paper": None,
-        "seconds": 61.5,
         "provenance": {"commit": "0123456", "created": "2026-11-20T12:00:00Z"},
     }
     (folder / "comparison.json").write_text(json.dumps(head))

@@ -18,6 +18,7 @@ from pedro.backbone import load_model
 from pedro.methods.reft import ReftConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", use_rslora=True),
     "alora": LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6]),
@@ -190,6 +191,8 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
     pickled = bad("pickled")
     (pickled / WEIGHTS).rename(pickled / "adapter_model.bin")
     one_error(imported(pedro, pickled), "adapter_model.bin", "safe_serialization")
+    save_file({}, bad("empty") / WEIGHTS)
+    one_error(imported(pedro, tmp_path / "empty"), "holds no tensors")
     linked = bad("linked")
     (linked / WEIGHTS).unlink()
     (linked / WEIGHTS).symlink_to(stock / "lora" / WEIGHTS)
@@ -218,4 +221,35 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
         config = json.loads((bad(field) / CONFIG).read_text())
         (tmp_path / field / CONFIG).write_text(json.dumps(config | {field: value}))
         one_error(imported(pedro, tmp_path / field), field)
+    assert one_value(pedro("adapters", "list", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"r": 0}, "r: expected a whole number > 0, got 0"),
+        ({"r": True}, "r: expected a whole number > 0, got True"),
+        ({"r": 65}, "r: expected at most 64, the inputs of self_attn.q_proj, got 65"),
+        ({"r": 20_000, "init_weights": "mini", "mini_r": 1}, "r: expected at most 64"),
+        ({"r": 64, "init_weights": "mini", "mini_r": 1, "target_modules": EVERY}, "opened for serving it has"),
+        (
+            {"init_weights": "mini", "mini_r": 3},
+            "mini_r: expected a divisor of the 64 outputs",
+        ),
+    ],
+)
+def test_a_miss_of_which_a_few_numbers_would_be_many_or_none_is_refused(pedro, stock, tmp_path, changed, said):
+    folder = shutil.copytree(stock / "miss", tmp_path / "odd")
+    config = json.loads((folder / CONFIG).read_text()) | changed
+    (folder / CONFIG).write_text(json.dumps(config))
+    columns = config["mini_r"] if config["init_weights"] == "mini" else 64
+    named = {
+        f"{layer.partition('.self_attn.')[0]}.{part}.{name}.miss_block": torch.zeros(int(config["r"]), columns)
+        for layer in load_file(stock / "miss" / WEIGHTS)
+        for name in config["target_modules"]
+        for part in ["self_attn" if name in EVERY[:4] else "mlp"]
+        if ".self_attn." in layer
+    }
+    save_file(named, folder / WEIGHTS)
+    one_error(imported(pedro, folder), said)
     assert one_value(pedro("adapters", "list", "--json")) == []

@@ -172,6 +172,17 @@ def test_a_budget_sets_the_size_that_comes_nearest(method, budget):
     assert off(options["r"]) <= min(off(options["r"] + 1), off(max(1, options["r"] - 1)))
 
 
+def test_a_size_that_ends_before_the_budget_is_the_largest_that_fits_and_told():
+    per_rank = count_parameters_of("miss", json.dumps({"r": 1}), "stories260K")
+    assert sized(MethodChoice(name="miss"), "stories260K", 64 * per_rank) == {"r": 64}
+    assert sized(MethodChoice(name="miss"), "stories260K", 500 * per_rank) == {"r": 64}
+    spec = spec_of(methods=[{"name": "miss"}], budgets=[500 * per_rank])
+    check(spec)
+    assert far_from_budget(planner_of(spec).groups) == [
+        f"budget {500 * per_rank:,} on stories260K: MiSS has {64 * per_rank:,} at the nearest"
+    ]
+
+
 def test_a_size_that_a_budget_decides_is_not_given_and_a_budget_out_of_reach_is_told():
     with pytest.raises(ConfigError, match=r"PEDRO: method\.r: `budgets` sets it; leave it out"):
         check(spec_of(budgets=[4_000]))

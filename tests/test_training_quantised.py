@@ -315,6 +315,7 @@ def test_the_types_of_peft_that_are_taken_leave_the_weights_alone(peft_type, mon
         ("gift", {}, "nf4: method gift computes with the backbone's whole weights at every step; take another method"),
         ({"peft_type": "BOFT"}, {}, "nf4: method.peft_type BOFT is not among those that leave the weights alone"),
         ({"peft_type": "LORA", "use_dora": True}, {}, "method.use_dora computes with"),
+        ({"peft_type": "MISS", "init_weights": "bat"}, {}, "method.init_weights bat computes with"),
         ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, {}, "method.modules_to_save trains"),
         ("pedro", {"zero_stage": 3}, "resources.zero_stage 3 cuts each weight in pieces, .* use at most 2"),
     ],

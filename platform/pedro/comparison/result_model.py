@@ -175,7 +175,7 @@ class Comparison:
 
     @property
     def worker_seconds(self) -> float:
-        """What workers spent on training and scoring, in seconds, the runs that found learning rates included."""
+        """What workers spent on training and scoring in runs that finished, those that found learning rates too."""
         return sum(run.seconds + run.scoring_seconds for run in self.runs)
 
 

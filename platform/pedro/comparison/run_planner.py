@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -246,7 +247,8 @@ def check(spec: ComparisonSpec) -> None:
 def sized(method: MethodChoice, backbone: str, budget: int) -> dict[str, Any]:
     """The method's options with its size set so that its trained parameters come nearest to `budget`.
 
-    A method without a size (full, RED) keeps its options. Raises ConfigError for options that do not fit.
+    A method without a size (full, RED) keeps its options, and one whose size ends before the budget has its largest.
+    Raises ConfigError for options that do not fit.
     """
     from pedro.methods.registry import get_method
 
@@ -263,8 +265,16 @@ def sized(method: MethodChoice, backbone: str, budget: int) -> dict[str, Any]:
     one, two = count(1), count(2)
     if two == one:
         return {**method.options, size: 1}
+
+    def fits(value: int) -> bool:
+        try:
+            return count(value) > 0
+        except ConfigError:  # beyond what the method or the backbone's shapes allow
+            return False
+
     guess = max(1, 1 + round((budget - one) / (two - one)))
-    near = range(max(1, guess - 1), guess + 2)
+    near = list(filter(fits, range(max(1, guess - 1), guess + 2)))
+    near = near or [bisect_left(range(1, guess), True, key=lambda value: not fits(value))]  # the largest that fits
     return {**method.options, size: min(near, key=lambda value: (abs(count(value) - budget), value))}
 
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
-from pedro.adapter_directory import CONFIG, verify_adapter
+from pedro.adapter_directory import CONFIG, WEIGHTS, verify_adapter
 from pedro.backbone import Backbone, load_config
 from pedro.errors import AdapterError
 from pedro.methods.adapter_files import read_config
 from pedro.methods.architectures import Architecture, describe
 from pedro.methods.named_modules import check_named
+from pedro.methods.options import is_count
 from pedro.methods.reader import DeclaredTensors, Reader, SavedTensors
 from pedro.methods.registry import METHODS
 
@@ -55,6 +56,9 @@ def _read(config: PeftConfig, tensors: SavedTensors, architecture: Architecture)
         raise AdapterError(
             f"adapter: {peft_type} with {', '.join(unsupported)} is not served in mixed batches; train without"
         )
+    rank = getattr(config, "r", 1)
+    if not is_count(rank) or rank < 1:
+        raise AdapterError(f"adapter: r: expected a whole number > 0, got {rank!r}; save the adapter again with PEFT")
     adapter = reader.read(config, tensors, architecture)
     tensors.finish()
     return adapter
@@ -73,12 +77,15 @@ def check_servable(directory: str | Path, backbone: Backbone) -> None:
 
 
 def check_declared(directory: str | Path, backbone: Backbone) -> None:
-    """Refuse weights by their header: what the config does not explain, and more numbers than the backbone has.
+    """Refuse weights by their header: what the config does not explain, and more numbers than the backbone has, in the
+    file or opened.
 
     For files of others, before they are copied or read. Raises AdapterError.
     """
     directory, skeleton = Path(directory), _skeleton(backbone)
     tensors = DeclaredTensors(directory)
+    if not tensors.names:
+        raise AdapterError(f"{WEIGHTS}: holds no tensors; fetch the adapter again")
     most = sum(parameter.numel() for parameter in skeleton.parameters())
     if tensors.numbers > most:
         raise AdapterError(
@@ -86,7 +93,12 @@ def check_declared(directory: str | Path, backbone: Backbone) -> None:
             "adapter of it"
         )
     check_tensor_names(directory)
-    _read(read_config(directory), tensors, describe(skeleton))
+    opened = _read(read_config(directory), tensors, describe(skeleton)).nbytes // torch.float32.itemsize
+    if opened > most:
+        raise AdapterError(
+            f"adapter: opened for serving it has {opened:,} numbers, more than the {most:,} of {backbone.id}; "
+            "train one with a smaller r"
+        )
 
 
 def check_tensor_names(directory: str | Path) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 READING = ("ether", "ether-plus", "gift", "loretta")
 """Methods that compute with the backbone's weights at every step, and so would have all of them whole at once."""
 PEFT_TYPES = (
-    *("ADALORA", "FOURIERFT", "IA3", "LN_TUNING", "LORA", "PREFIX_TUNING"),
+    *("ADALORA", "FOURIERFT", "IA3", "LN_TUNING", "LORA", "MISS", "PREFIX_TUNING"),
     *("PROMPT_TUNING", "P_TUNING", "RANDLORA", "VBLORA", "VERA"),
 )
 """Types of PEFT of which the same is known not to hold (a test trains each)."""
@@ -28,6 +28,10 @@ def must_be_whole(kind: str, method: str, options: Mapping[str, Any], zero_stage
             isinstance(peft_type, str) and peft_type not in PEFT_TYPES,
             f"method.peft_type {peft_type} is not among those that leave the weights alone; take one of "
             f"{', '.join(PEFT_TYPES)}",
+        ),
+        (
+            peft_type == "MISS" and options.get("init_weights") == "bat",
+            f"method.init_weights bat {reads}; leave it out",
         ),
         (bool(options.get("use_dora")), f"method.use_dora {reads}; leave it out"),
         (bool(options.get("modules_to_save")), "method.modules_to_save trains the backbone's own; leave it out"),
