@@ -169,17 +169,29 @@ def test_what_holds_where_is_what_the_comparisons_found():
     assert len(shown) == 2 * len(folders)
 
 
-def test_the_table_on_a_language_model_is_what_its_runs_scored_and_forgot():
-    file = RESULTS / "smollm2_table1" / "table.md"
+@pytest.mark.parametrize(
+    ("name", "section", "columns"),
+    [("smollm2_table1", "### On SmolLM2-135M\n", 4), ("smollm2_rte", "### RTE on SmolLM2-135M\n", 2)],
+)
+def test_the_tables_on_a_language_model_are_what_their_runs_scored_and_forgot(name, section, columns):
+    file = RESULTS / name / "table.md"
     rose = dict(re.findall(r"^\| ([^|]+?) \| \+([\d,.]+) \[[^|]*\|$", file.read_text(), re.M))
-    forgot = {name: f"{float(change.replace(',', '')):,.0f}" for name, change in rose.items()}
+    forgot = {label: f"{float(change.replace(',', '')):,.0f}" for label, change in rose.items()}
     wanted = [
-        [name, *("–" if cell == "-" else figure(cell) for cell in cells[:-1]), forgot.get(name, "–")]
-        for name, *cells in table(file)
+        [label, *("–" if cell == "-" else figure(cell) for cell in cells[:columns]), forgot.get(label, "–")]
+        for label, *cells in table(file)
     ]
-    assert table(PAGE, "### On SmolLM2-135M") == wanted
-    runs = (RESULTS / "smollm2_table1" / "runs.jsonl").read_text().splitlines()
-    assert f"table.md), {len(runs)} runs." in PAGE.read_text()
+    assert table(PAGE, section) == wanted
+    runs = [json.loads(line) for line in (RESULTS / name / "runs.jsonl").read_text().splitlines()]
+    said = PAGE.read_text().partition(section)[2].partition("\n### ")[0]
+    assert re.search(rf"table\.md\), {len(runs)} runs\b", said)
+    if name == "smollm2_rte":
+        (most,) = {run["scores"][0]["majority"] for run in runs}
+        assert f"scores {100 * most:.1f}, no run of {len(runs)}" in said
+        assert max(run["scores"][0]["value"] for run in runs) <= most
+        assert {run["steps"] for run in runs if run["stage"] == "final" and run["lr"]} == {100}
+        rates = [run["lr"] for run in runs if run["lr"]]
+        assert (min(rates), max(rates)) == (1e-4, 1e-2)
 
 
 @pytest.mark.parametrize(
