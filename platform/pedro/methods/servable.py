@@ -57,7 +57,7 @@ def _read(config: PeftConfig, tensors: SavedTensors, architecture: Architecture)
             f"adapter: {peft_type} with {', '.join(unsupported)} is not served in mixed batches; train without"
         )
     rank = getattr(config, "r", 1)
-    if not is_count(rank) or rank < 1:
+    if reader.fields is not None and (not is_count(rank) or rank < 1):  # a config of this package checks its own
         raise AdapterError(f"adapter: r: expected a whole number > 0, got {rank!r}; save the adapter again with PEFT")
     adapter = reader.read(config, tensors, architecture)
     tensors.finish()
