@@ -128,7 +128,7 @@ def summarize(report: ComparisonReport) -> dict[str, Any]:
         "equal": comparison.equal,
         "baseline": comparison.baseline,
         "runs": {"finished": finished, "failed": len(runs) - finished, "left_out": report.selection.left_out},
-        "worker_seconds": round(comparison.worker_seconds, 1),
+        "worker_seconds": round(_worker_seconds(comparison), 1),
         "tables": [_as_dict(table) for table in report.tables],
         "notes": _notes(report)[1],
         "paper": comparison.metadata.get("paper") if report.paper else None,
@@ -181,11 +181,16 @@ def _headline(report: ComparisonReport) -> str:
     parts = [f"{report.comparison.name}: {len(runs)} runs" + (f", {failed} failed" if failed else "")]
     if searched := sum(run.stage == TUNE for run in report.comparison.runs):
         parts[0] += f", {searched} more to find learning rates"
-    if seconds := report.comparison.worker_seconds:
+    if seconds := _worker_seconds(report.comparison):
         parts.append(f"{seconds / 60:,.0f} worker-minutes")
     if commit := (metadata.get("provenance") or {}).get("commit"):
         parts.append(f"commit {commit[:12]}{'+' * commit.endswith('+')}")
     return " · ".join(parts)
+
+
+def _worker_seconds(comparison: Comparison) -> float:
+    """What workers spent on training and scoring in runs that finished, those that found learning rates too."""
+    return sum(run.seconds + run.scoring_seconds for run in comparison.runs)
 
 
 def _notes(report: ComparisonReport) -> tuple[list[list[str]], list[str]]:

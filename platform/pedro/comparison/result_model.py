@@ -173,11 +173,6 @@ class Comparison:
     imported: tuple[ImportedRun, ...] = ()
     """Results of others, shown beside."""
 
-    @property
-    def worker_seconds(self) -> float:
-        """What workers spent on training and scoring in runs that finished, those that found learning rates too."""
-        return sum(run.seconds + run.scoring_seconds for run in self.runs)
-
 
 @dataclass(frozen=True)
 class Selection:
