@@ -232,10 +232,7 @@ def test_a_folder_that_is_not_whole_or_not_served_is_refused_and_nothing_is_regi
         ({"r": 65}, "r: expected at most 64, the inputs of self_attn.q_proj, got 65"),
         ({"r": 20_000, "init_weights": "mini", "mini_r": 1}, "r: expected at most 64"),
         ({"r": 64, "init_weights": "mini", "mini_r": 1, "target_modules": EVERY}, "opened for serving it has"),
-        (
-            {"init_weights": "mini", "mini_r": 3},
-            "mini_r: expected a divisor of the 64 outputs",
-        ),
+        ({"init_weights": "mini", "mini_r": 3}, "mini_r: expected a divisor of the 64 outputs"),
     ],
 )
 def test_a_miss_of_which_a_few_numbers_would_be_many_or_none_is_refused(pedro, stock, tmp_path, changed, said):

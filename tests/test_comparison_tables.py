@@ -106,11 +106,11 @@ def test_broken_files_are_listed_with_their_reason_and_the_rest_is_read(tmp_path
     assert "8 files could not be read" in printed(found)
 
 
-def test_the_head_counts_the_minutes_of_every_run_also_of_those_that_found_a_learning_rate(tmp_path):
+def test_the_head_counts_every_run_and_its_minutes_also_those_that_found_a_learning_rate(tmp_path):
     trained = {"seconds": 240.0, "scoring_seconds": 60.0}
     runs = [result("LoRA", "sst2", seed, [1, 0], **trained) for seed in (0, 1)]
     tried = result("LoRA", "sst2", 2, [1, 0], stage="tune", **trained)
-    assert "made: 2 runs, 1 more to find learning rates · 15 worker-minutes" in printed(of(tmp_path, *runs, tried))
+    assert "made: 3 runs, 2 of them in the tables · 15 worker-minutes" in printed(of(tmp_path, *runs, tried))
 
 
 def test_what_is_broken_in_the_head_is_listed_and_left_out(tmp_path):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pedro.comparison import renderers
 from pedro.comparison.result_model import (
     SCHEMA,
-    TUNE,
     Comparison,
     Difference,
     Paper,
@@ -178,9 +177,9 @@ def _rendered(table: Table, style: Style) -> list[RenderedTable]:
 def _headline(report: ComparisonReport) -> str:
     metadata, runs = report.comparison.metadata, report.selection.runs
     failed = sum(not run.finished for run in runs)
-    parts = [f"{report.comparison.name}: {len(runs)} runs" + (f", {failed} failed" if failed else "")]
-    if searched := sum(run.stage == TUNE for run in report.comparison.runs):
-        parts[0] += f", {searched} more to find learning rates"
+    made = len(report.comparison.runs)
+    shown = f", {len(runs)} of them in the tables" if made > len(runs) else ""
+    parts = [f"{report.comparison.name}: {made} runs{shown}" + (f", {failed} failed" if failed else "")]
     if seconds := _worker_seconds(report.comparison):
         parts.append(f"{seconds / 60:,.0f} worker-minutes")
     if commit := (metadata.get("provenance") or {}).get("commit"):
@@ -189,7 +188,7 @@ def _headline(report: ComparisonReport) -> str:
 
 
 def _worker_seconds(comparison: Comparison) -> float:
-    """What workers spent on training and scoring in runs that finished, those that found learning rates too."""
+    """What workers spent on training and scoring in all runs that finished, those too that no table shows."""
     return sum(run.seconds + run.scoring_seconds for run in comparison.runs)
 
 

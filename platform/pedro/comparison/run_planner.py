@@ -135,12 +135,12 @@ class RunPlanner:
     def count_done(self, kept: Mapping[str, RunResult]) -> int:
         """How many runs of a folder this spec wants, whichever of their learning rates it will choose."""
         rates = {result.lr for result in kept.values() if not math.isnan(result.lr)}
-        wanted = set()
+        wanted: set[str] = set()
         for group in self.groups:
-            plans = self.finals(group, None) if group.untrained or self.spec.tune is None else []
-            if self.spec.tune is not None and not group.untrained:
-                plans = [plan for lr in rates for plan in [self.trial(group, lr), *self.finals(group, lr)]]
-            wanted |= {plan.id for plan in plans}
+            searched = self.spec.tune is not None and not group.untrained
+            for lr in rates if searched else [None]:
+                wanted |= {plan.id for plan in self.finals(group, lr)}
+            wanted |= {self.trial(group, lr).id for lr in rates if searched}
         return len(wanted & kept.keys())
 
     def _searches(self, group: RunGroup) -> bool:

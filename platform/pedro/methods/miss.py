@@ -45,6 +45,7 @@ def _build(model_config: ModelConfig, *, r: int = 8, dropout: float = 0.0, targe
 
 
 def _inputs(model_config: ModelConfig, target: str) -> int:
+    """How many inputs a target has, by the config alone."""
     if target == "down":
         return model_config.intermediate_size
     heads = model_config.num_attention_heads * head_width(model_config)
